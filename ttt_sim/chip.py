@@ -1,0 +1,240 @@
+"""A chip as the simulator sees it: base units, no strings, every number traceable to its line in the chip file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Execution = Literal["tile_wave", "systolic", "static_dataflow", "in_memory", "event_driven"]
+UnitKind = Literal["matrix", "vector", "special"]
+Scope = Literal["chip", "core"]
+Fusion = Literal["none", "vector", "epilogue", "layer"]
+WriteMode = Literal["free", "static_schedule", "reupload", "local_rule", "program_verify", "none"]
+Certainty = Literal["high", "medium", "low"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where one number of a chip file comes from."""
+
+    text: str  # as written, e.g. "3.35 TB/s"
+    source: str  # the reference itself, not its key
+    certainty: Certainty
+    line: int  # line in the chip file, 0 for an override
+    note: str = ""
+    calibration: Mapping[str, str] = field(default_factory=dict)  # data, rows, error, date of a calibrated value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeUnit:
+    """All instances of one kind of unit on the chip, taken together.
+
+    ``peak_per_s``  dense peak by dtype: FLOP/s for a matrix unit (one multiply-add = 2), lane operations per second for
+                    vector and special units
+    ``efficiency``  share of that peak which full tiles sustain, by dtype (1 where unknown)
+    ``energy_j_per_op``  dynamic energy by dtype per FLOP or lane operation
+    ``count``       instances per core; 0 when the unit belongs to the chip as a whole
+    ``rows, cols, depth``  one instruction or pass: output rows x output columns x reduction depth (matrix units)
+    ``tiles``       output tiles a kernel may choose (matrix units), largest first
+    ``startup_cycles`` filling and draining the array once per tile
+    ``ops_per_cycle``  multiply-adds (matrix) or lane operations of one instance per cycle, by dtype; empty: not stated
+    """
+
+    name: str
+    kind: UnitKind
+    count: int
+    peak_per_s: Mapping[str, float]
+    efficiency: Mapping[str, float]
+    energy_j_per_op: Mapping[str, float]
+    dataflow: str = "none"
+    rows: int = 1
+    cols: int = 1
+    depth: int = 1
+    tiles: tuple[tuple[int, int], ...] = ()
+    startup_cycles: int = 0
+    ops_per_cycle: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryLevel:
+    """One level, outermost first in :attr:`Chip.memories`. Bandwidths are totals over the chip.
+
+    ``capacity_bytes``     of one instance: the whole chip's for scope ``chip``, one core's for scope ``core``
+    ``shared_bus``         reads and writes take turns on one bus (DRAM) instead of having ports of their own
+    ``channels``           independent channels that addresses are striped over, ``interleave_bytes`` at a time
+    ``channel_groups``     groups of channels that the engine schedules separately
+    ``achievable_frac``    share of the peak bandwidth that long streams reach (refresh, bank conflicts)
+    ``endurance_writes``   writes a cell survives; None when wear does not matter
+    ``write_pulses``       mean program-and-verify pulses per write; already in the write bandwidth and energy
+    ``channel_bytes_per_s`` stated bandwidth of one channel, for checking; None when not stated
+    """
+
+    name: str
+    scope: Scope
+    capacity_bytes: int
+    read_bytes_per_s: float
+    write_bytes_per_s: float
+    shared_bus: bool
+    channels: int
+    channel_groups: int
+    banks_per_channel: int
+    interleave_bytes: int
+    row_bytes: int
+    row_miss_s: float
+    latency_s: float
+    read_to_write_s: float
+    write_to_read_s: float
+    achievable_frac: float
+    read_energy_j_per_byte: float
+    write_energy_j_per_byte: float
+    write_granularity_bytes: int
+    volatile: bool
+    endurance_writes: float | None
+    write_pulses: float = 1.0
+    channel_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A connection to other chips or the host (scope ``chip``) or between the cores of this one (scope ``core``).
+
+    ``bytes_per_s`` is one direction of all its lanes together.
+    """
+
+    name: str
+    topology: Literal["switch", "ring", "torus", "mesh", "point_to_point", "host"]
+    bytes_per_s: float
+    latency_s: float
+    count: int = 1
+    scope: Scope = "chip"
+    energy_j_per_byte: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MappingRules:
+    """How kernels are formed and placed on this chip (see docs/hardware_model.md).
+
+    ``fusion``            none: every op a kernel; vector: chains of row-wise ops merge, GEMMs with the same input
+                          merge; epilogue: also element-wise ops into the GEMM before them; layer: a whole layer is
+                          one kernel
+    ``serial_kernels``    a kernel starts only when the one before it in its stream has ended
+    ``persistent``        tiles are handed to cores continuously (no rounding up to whole waves)
+    ``multicast``         neighbouring cores that load a shared operand tile once
+    ``attention_efficiency`` share of the matrix peak that attention sustains at most: softmax stands between products
+    ``max_split_k``       largest number of parts of a reduction computed by different cores
+    ``cache_frac``        share of an on-chip level that data reused between kernels may count on
+    """
+
+    fusion: Fusion
+    serial_kernels: bool
+    persistent: bool
+    max_split_k: int
+    multicast: int
+    attention_efficiency: float
+    cache_frac: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overheads:
+    """``op_launch_s``: gap before each kernel that depends on the one before. ``call_s``: host time per model call."""
+
+    op_launch_s: float
+    call_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Power:
+    limit_w: float
+    idle_w: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """Any field None when unknown. ``as_of`` is the date of the hourly price."""
+
+    per_hour_usd: float | None
+    purchase_usd: float | None
+    as_of: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writability:
+    """How weights can change at run time.
+
+    ``mode``          free: ordinary stores; static_schedule: only if compiled into the program; reupload: through the
+                      host; local_rule: only by a local learning rule; program_verify: pulses with verification; none
+    ``overlap``       a weight may be written while other weights are being read
+    ``shadow_bank``   a new version can be written while the old one is still read (no write-after-read wait)
+    ``transposed_read`` the array can be read along either axis without a separate pass
+    ``reupload_s, reupload_bytes_per_s``  cost of one re-upload (mode reupload)
+    """
+
+    mode: WriteMode
+    overlap: bool
+    shadow_bank: bool
+    transposed_read: bool
+    reupload_s: float = 0.0
+    reupload_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chip:
+    """One device. ``clock_hz`` is the clock in which all cycles are counted."""
+
+    name: str
+    title: str
+    vendor: str
+    kind: str
+    execution: Execution
+    clock_hz: float
+    cores: int
+    units: tuple[ComputeUnit, ...]
+    memories: tuple[MemoryLevel, ...]
+    links: tuple[Link, ...]
+    mapping: MappingRules
+    overheads: Overheads
+    power: Power
+    price: Price
+    writability: Writability
+    process: str = ""
+    die_area_mm2: float | None = None
+    variant: str = ""
+    file_sha256: str = ""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Provenance] = field(default_factory=dict)
+
+    def unit(self, kind: UnitKind) -> ComputeUnit:
+        """The unit of this kind; a chip has at most one of each."""
+        for unit in self.units:
+            if unit.kind == kind:
+                return unit
+        raise KeyError(kind)
+
+    def has_unit(self, kind: UnitKind) -> bool:
+        return any(unit.kind == kind for unit in self.units)
+
+    @property
+    def main_memory(self) -> MemoryLevel:
+        """The outermost level: where weights, state and large activations live."""
+        return self.memories[0]
+
+    @property
+    def cache(self) -> MemoryLevel | None:
+        """The innermost level that all cores share, inside the main memory; None where there is none."""
+        inner = [level for level in self.memories[1:] if level.scope == "chip"]
+        return inner[-1] if inner else None
+
+    @property
+    def core_memory(self) -> MemoryLevel | None:
+        """The scratchpad of one core; None where there is none."""
+        inner = [level for level in self.memories if level.scope == "core"]
+        return inner[-1] if inner else None
+
+    def cycles(self, seconds: float) -> int:
+        """Seconds in whole cycles, rounded up."""
+        value = seconds * self.clock_hz
+        nearest = round(value)
+        # 61 ns at 1 GHz is 61.00000000000001 in binary: a last-digit excess is not another cycle
+        return nearest if abs(value - nearest) <= 1e-12 * nearest else math.ceil(value)

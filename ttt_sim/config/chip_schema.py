@@ -1,0 +1,339 @@
+"""What a chip file may say: one table, from which reading, messages and the JSON Schema follow.
+
+Numbers are sourced quantities, structural choices are plain. The descriptions are the reference of the format; docs and
+editors get them through :func:`chip_json_schema`.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from ttt_sim.chip import Execution, Fusion, Scope, UnitKind, WriteMode
+from ttt_sim.config.fields import Choice, Flag, JsonSchema, Number, Text, TextTable, TileList, WholeNumber
+from ttt_sim.config.groups import Group, Items, Table, Variants
+from ttt_sim.dtypes import DTYPES
+from ttt_sim.units import (
+    AREA,
+    BANDWIDTH,
+    CAPACITY,
+    COUNT,
+    CYCLES,
+    ENERGY_PER_BYTE,
+    ENERGY_PER_FLOP,
+    ENERGY_PER_OP,
+    FLOP_RATE,
+    FRACTION,
+    FREQUENCY,
+    OP_RATE,
+    POWER,
+    PRICE,
+    PRICE_RATE,
+    TIME,
+    Dimension,
+)
+
+CHIP_KINDS = (
+    "gpu", "tpu", "accelerator", "dataflow", "wafer_scale", "npu", "fpga", "pim", "digital_imc", "analog_imc",
+    "neuromorphic", "hypothetical", "example",
+)  # fmt: skip
+DATAFLOWS = ("output_stationary", "weight_stationary", "input_stationary", "in_array", "none")
+TOPOLOGIES = ("switch", "ring", "torus", "mesh", "point_to_point", "host")
+
+_NAME = {"pattern": "[a-z][a-z0-9_]*", "pattern_help": "a name of small letters, digits and underscores"}
+
+
+def _count(doc: str, *, required: bool = False, default: int | None = None, positive: bool = True) -> Number:
+    return Number(doc=doc, dimensions=(COUNT,), whole=True, required=required, default=default, positive=positive)
+
+
+def _amount(doc: str, *dimensions: Dimension, required: bool = False, default: float | None = None) -> Number:
+    """A number that may be zero."""
+    return Number(doc=doc, dimensions=dimensions, positive=False, required=required, default=default)
+
+
+def _rate(doc: str, *dimensions: Dimension, required: bool = False) -> Number:
+    """A number above zero; None where it is left out."""
+    return Number(doc=doc, dimensions=dimensions, required=required)
+
+
+def _bytes(doc: str, *, required: bool = False, default: int | None = None) -> Number:
+    return Number(doc=doc, dimensions=(CAPACITY,), whole=True, required=required, default=default)
+
+
+_GEOMETRY = Group(
+    doc="Matrix units: one instruction or pass of one instance.",
+    fields={
+        "rows": WholeNumber(doc="Output rows; for in_array dataflow the rows of the array.", required=True),
+        "cols": WholeNumber(doc="Output columns; for in_array dataflow the columns of the array.", required=True),
+        "depth": WholeNumber(doc="Length of the reduction. Default 1.", default=1),
+    },
+)
+
+_COMPUTE = Group(
+    doc="All instances of one kind of unit.",
+    fields={
+        "name": Text(doc="Name in dotted paths.", required=True, **_NAME),
+        "kind": Choice(
+            doc="matrix: multiply-accumulate arrays; vector: element-wise lanes; special: exponentials, roots, "
+            "divisions. At "
+            "most one unit of each kind; special functions run on the vector unit where there is no special one.",
+            options=get_args(UnitKind),
+            required=True,
+        ),
+        "count": _count(
+            "Instances per core; 0: the unit belongs to the chip as a whole. Default 1.", default=1, positive=False
+        ),
+        "dataflow": Choice(
+            doc="Matrix units: what stays in place while a tile is computed. in_array: weights are stored in the "
+            "array itself.",
+            options=DATAFLOWS,
+        ),
+        "geometry": _GEOMETRY,
+        "tiles": TileList(
+            doc="Matrix units: output tiles a kernel may choose, multiples of the geometry. Default: one geometry tile."
+        ),
+        "peak": Table(
+            doc="Dense peak of the whole chip by dtype. Matrix units: FLOP/s or op/s with a multiply-add counted as "
+            "two. Vector "
+            "and special units: lane operations per second, op/s, with a fused multiply-add counted as one.",
+            keys=DTYPES,
+            value=_rate("Peak rate.", FLOP_RATE, OP_RATE),
+            required=True,
+        ),
+        "efficiency": Table(
+            doc="Share of the peak that full tiles sustain, by dtype. Default 1.",
+            keys=DTYPES,
+            value=Number(doc="Share of the peak.", dimensions=(FRACTION,), maximum=1.0),
+            default={},
+        ),
+        "energy": Table(
+            doc="Dynamic energy by dtype, per FLOP (matrix) or lane operation. Default 0.",
+            keys=DTYPES,
+            value=_amount("Energy.", ENERGY_PER_FLOP, ENERGY_PER_OP),
+            default={},
+        ),
+        "ops_per_cycle": Table(
+            doc="Multiply-adds (matrix) or lane operations that one instance completes per cycle of the chip's "
+            "clock, by dtype; "
+            "the linter compares cores x count x this x clock with the peak.",
+            keys=DTYPES,
+            value=_rate("Operations per cycle.", COUNT),
+            default={},
+        ),
+        "startup": Number(
+            doc="Cycles to fill and drain the array once per tile. Default 0 cycles.",
+            dimensions=(CYCLES,),
+            whole=True,
+            positive=False,
+            default=0,
+        ),
+    },
+)
+
+_MEMORY = Group(
+    doc="One memory level. Bandwidths are totals over the chip, capacity is that of one instance.",
+    fields={
+        "name": Text(doc="Name in dotted paths.", required=True, **_NAME),
+        "scope": Choice(
+            doc="chip: one instance that all cores reach; core: one instance in each core.",
+            options=get_args(Scope),
+            required=True,
+        ),
+        "capacity": _bytes("Capacity of one instance.", required=True),
+        "read_bandwidth": _rate("Read bandwidth, total over the chip.", BANDWIDTH, required=True),
+        "write_bandwidth": _rate(
+            "Write bandwidth, total over the chip; for program-and-verify cells that of one pulse. Default: "
+            "read_bandwidth.",
+            BANDWIDTH,
+        ),
+        "shared_bus": Flag(
+            doc="Reads and writes take turns on one bus (DRAM) instead of having ports of their own. Default false.",
+            default=False,
+        ),
+        "channels": _count("Independent channels over which addresses are striped. Default 1.", default=1),
+        "channel_groups": WholeNumber(
+            doc="Groups of channels that are scheduled separately; divides channels. Default 1.", default=1
+        ),
+        "banks_per_channel": _count("Banks per channel. Default 1.", default=1),
+        "channel_rate": _rate(
+            "Bandwidth of one channel; the linter compares channels x this with the total.", BANDWIDTH
+        ),
+        "interleave": _bytes("Bytes in one channel before the next one follows. Default 256 B.", default=256),
+        "row_size": _bytes("Bytes of one open row of one bank. Default: the capacity (no rows)."),
+        "row_miss": _amount("Time to close one row and open another. Default 0 s.", TIME, default=0.0),
+        "latency": _amount("From request to first byte, unloaded. Default 0 s.", TIME, default=0.0),
+        "read_to_write": _amount(
+            "Turn-around of a shared bus from reading to writing. Default 0 s.", TIME, default=0.0
+        ),
+        "write_to_read": _amount(
+            "Turn-around of a shared bus from writing to reading. Default 0 s.", TIME, default=0.0
+        ),
+        "achievable_fraction": Number(
+            doc="Share of the bandwidth that long streams reach (refresh, bank conflicts). Default 1.",
+            dimensions=(FRACTION,),
+            maximum=1.0,
+            default=1.0,
+        ),
+        "read_energy": _amount("Dynamic energy of reading. Default 0 J/byte.", ENERGY_PER_BYTE, default=0.0),
+        "write_energy": _amount(
+            "Dynamic energy of writing; for program-and-verify cells that of one pulse. Default: read_energy.",
+            ENERGY_PER_BYTE,
+        ),
+        "write_granularity": _bytes(
+            "Smallest write; below it a read-modify-write is needed (a row or array for in-memory computing). "
+            "Default 1 B.",
+            default=1,
+        ),
+        "write_pulses": Number(
+            doc="Mean number of program-and-verify pulses per write, which multiplies write time and energy. "
+            "Default 1.",
+            dimensions=(COUNT,),
+            minimum=1.0,
+            positive=False,
+            default=1.0,
+        ),
+        "volatile": Flag(doc="Contents are lost without power. Default true.", default=True),
+        "endurance": _rate("Writes that a cell survives. Default: wear does not matter.", COUNT),
+    },
+)
+
+_LINK = Group(
+    doc="A connection to other chips, to the host, or between the cores of this chip.",
+    fields={
+        "name": Text(doc="Name in dotted paths.", required=True, **_NAME),
+        "topology": Choice(doc="How the partners are connected.", options=TOPOLOGIES, required=True),
+        "scope": Choice(
+            doc="chip: leads off the chip; core: the network between the cores of this chip. Default chip.",
+            options=get_args(Scope),
+            default="chip",
+        ),
+        "bandwidth": _rate("One direction of all lanes together.", BANDWIDTH, required=True),
+        "latency": _amount("One hop. Default 0 s.", TIME, default=0.0),
+        "count": _count("Links that the bandwidth is spread over. Default 1.", default=1),
+        "energy": _amount("Dynamic energy of moving data. Default 0 J/byte.", ENERGY_PER_BYTE, default=0.0),
+    },
+)
+
+CHIP = Group(
+    doc="A chip for ttt_sim. Every number is {value, source, certainty}; sources are defined once at the end.",
+    fields={
+        "name": Text(doc="The name of the file without .yaml.", required=True, **_NAME),
+        "title": Text(doc="Name for people.", required=True),
+        "vendor": Text(doc="Who makes it.", required=True),
+        "kind": Choice(doc="Family of hardware, for grouping in tables.", options=CHIP_KINDS, required=True),
+        "execution": Choice(
+            doc="How kernels run: tile_wave (GPU), systolic (TPU), static_dataflow (compiled schedule), in_memory "
+            "(compute at the "
+            "cells), event_driven (neuromorphic).",
+            options=get_args(Execution),
+            required=True,
+        ),
+        "clock": _rate("The clock in which all cycles are counted.", FREQUENCY, required=True),
+        "cores": _count("Cores that work independently (SM, TensorCore, tile, ...).", required=True),
+        "process": Text(doc="Manufacturing process.", default=""),
+        "die_area": _rate("Silicon area.", AREA),
+        "compute": Items(doc="Compute units, at least a matrix or a vector unit.", item=_COMPUTE, required=True),
+        "memories": Items(doc="Memory levels, outermost first.", item=_MEMORY, required=True),
+        "links": Items(doc="Links. Default none.", item=_LINK, default=[]),
+        "mapping": Group(
+            doc="How kernels are formed and placed.",
+            fields={
+                "fusion": Choice(
+                    doc="none: every op a kernel; vector: chains of row-wise ops merge, GEMMs with the same input "
+                    "merge; epilogue: "
+                    "also element-wise ops into the GEMM before them; layer: a whole layer is one kernel.",
+                    options=get_args(Fusion),
+                    required=True,
+                ),
+                "serial_kernels": Flag(
+                    doc="A kernel starts only when the one before it in its stream has ended.", required=True
+                ),
+                "persistent": Flag(
+                    doc="Tiles are handed to cores continuously, not in whole waves. Default false.", default=False
+                ),
+                "max_split_k": WholeNumber(
+                    doc="Largest number of parts of a reduction computed by different cores. Default 1.", default=1
+                ),
+                "multicast": WholeNumber(
+                    doc="Neighbouring cores that load a shared operand tile once. Default 1.", default=1
+                ),
+                "attention_efficiency": Number(
+                    doc="Share of the matrix peak that attention sustains at most, as its softmax stands between its "
+                    "products. Default 1: as efficient as GEMM.",
+                    dimensions=(FRACTION,),
+                    maximum=1.0,
+                    default=1.0,
+                ),
+                "cache_fraction": Number(
+                    doc="Share of the on-chip levels that data reused between kernels may count on. Default 1.",
+                    dimensions=(FRACTION,),
+                    positive=False,
+                    maximum=1.0,
+                    default=1.0,
+                ),
+            },
+            required=True,
+        ),
+        "overheads": Group(
+            doc="Time that no unit works. Default: none.",
+            fields={
+                "op_launch": _amount("Gap before each dependent kernel. Default 0 s.", TIME, default=0.0),
+                "call": _amount("Host time per model call. Default 0 s.", TIME, default=0.0),
+            },
+        ),
+        "power": Group(
+            doc="Power of the whole device.",
+            fields={
+                "limit": _rate("Board or device limit (TDP).", POWER, required=True),
+                "idle": _amount("Drawn while nothing runs.", POWER, required=True),
+            },
+            required=True,
+        ),
+        "price": Group(
+            doc="What the device costs, as far as it is known.",
+            fields={
+                "per_hour": _rate("Rent.", PRICE_RATE),
+                "purchase": _rate("Purchase.", PRICE),
+                "as_of": Text(
+                    doc="Date of the prices, YYYY, YYYY-MM or YYYY-MM-DD.",
+                    pattern="[0-9]{4}(-[0-9]{2}){0,2}",
+                    pattern_help="a date YYYY, YYYY-MM or YYYY-MM-DD",
+                    default="",
+                ),
+            },
+        ),
+        "writability": Group(
+            doc="How weights can change at run time.",
+            fields={
+                "mode": Choice(
+                    doc="free: ordinary stores; static_schedule: only if compiled into the program; reupload: "
+                    "through the host; "
+                    "local_rule: only by a local learning rule; program_verify: pulses with verification; none: never.",
+                    options=get_args(WriteMode),
+                    required=True,
+                ),
+                "overlap": Flag(
+                    doc="A weight may be written while other weights are being read. Default false.", default=False
+                ),
+                "shadow_bank": Flag(
+                    doc="A new version can be written while the old one is still read. Default false.", default=False
+                ),
+                "transposed_read": Flag(
+                    doc="The array can be read along either axis without a separate pass. Default false.", default=False
+                ),
+                "reupload_time": _amount("Fixed time of a re-upload (mode reupload). Default 0 s.", TIME, default=0.0),
+                "reupload_bandwidth": _rate("Bandwidth of a re-upload (mode reupload).", BANDWIDTH),
+            },
+            required=True,
+        ),
+        "variants": Variants(
+            doc="Sold versions by device name: {dotted.path: value} where fields differ. Default none.", default={}
+        ),
+        "sources": TextTable(doc="Public references by the key that numbers use.", required=True),
+    },
+)  # fmt: skip
+
+
+def chip_json_schema() -> JsonSchema:
+    """JSON Schema (draft 2020-12) of a chip file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "ttt_sim chip"} | CHIP.json_schema()
