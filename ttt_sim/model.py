@@ -1,0 +1,157 @@
+"""The model, the settings of a method and the calls made to it. Nothing here knows a chip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ttt_sim.errors import WorkloadError
+
+Target = Literal["hidden_states", "input_embed"]
+Convolution = Literal["symmetric", "causal"]
+#: What is kept of the open chunk. ``official``: inputs and targets, concatenated at each call, hidden rows
+#: recomputed at the
+#: boundary; ``ring``: the same rows in a ring buffer; ``keep_z``: hidden rows and targets in a ring buffer, nothing
+#: recomputed;
+#: ``online``: the delta is accumulated token by token, two tokens late, no rows kept but those the convolution spans.
+Carry = Literal["official", "ring", "keep_z", "online"]
+#: How a delta reaches the weight. ``official``: delta GEMM, scale and add are three ops; ``fused``: the GEMM
+#: accumulates into W;
+#: ``resident``: fused, W pinned on chip; ``master``: fused into an fp32 master with a 16-bit shadow for the apply;
+#: ``tile_wise``: fused, C-row panels streamed per output tile.
+WeightWrite = Literal["official", "fused", "resident", "master", "tile_wise"]
+Contraction = Literal["auto", "project_first", "outer_first"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A decoder-only transformer of the Llama or Qwen3 family; names as in Hugging Face ``config.json``."""
+
+    name: str
+    family: Literal["llama", "qwen3"]
+    n_layers: int
+    d_model: int
+    d_ff: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+    qk_norm: bool
+    max_context_tokens: int
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of all layers, norms left out: L (2 d H h + 2 d G h + 3 d f)."""
+        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        return self.n_layers * (2 * self.d_model * q + 2 * self.d_model * kv + 3 * self.d_model * self.d_ff)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters with embeddings, norms left out."""
+        return self.block_parameters + self.vocab_size * self.d_model * (1 if self.tied_embeddings else 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVSettings:
+    """What attention keeps. ``window_tokens`` None: everything; else the last w tokens, the current one included.
+
+    ``group``: elements that share a 16-bit scale and zero point (int4 only); fp8 and int8 keep one 16-bit scale per
+    head and token when ``per_token_scale``, else one per tensor.
+    """
+
+    window_tokens: int | None = None
+    dtype: str = "bf16"
+    group: int = 32
+    per_token_scale: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TTTSettings:
+    """In-Place TTT (arXiv 2604.06169). ``layers`` None: layers 0, 6, 12, ... that the model has."""
+
+    layers: tuple[int, ...] | None = None
+    chunk_tokens: int = 1024
+    rate: float = 3.0
+    target: Target = "hidden_states"
+    projection: bool = True
+    convolution: Convolution = "symmetric"
+    clip: float | None = None
+    fast_dtype: str = "bf16"
+    carry: Carry = "official"
+    weight_write: WeightWrite = "official"
+    contraction: Contraction = "auto"
+
+    def layers_of(self, model: Model) -> tuple[int, ...]:
+        """The TTT layers that exist in ``model``, ascending."""
+        wanted = range(0, model.n_layers, 6) if self.layers is None else sorted(set(self.layers))
+        return tuple(layer for layer in wanted if 0 <= layer < model.n_layers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodSettings:
+    """One method with everything it needs: its registry name, what attention keeps, and TTT settings (None without
+    TTT)."""
+
+    name: str
+    kv: KVSettings
+    ttt: TTTSettings | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call of the model on every sequence: ``tokens`` new tokens each, after ``position`` earlier ones."""
+
+    position: int
+    tokens: int
+    logits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """Calls in the order in which they are made, by ``batch`` sequences in lockstep.
+
+    Positions rise. Where a call does not continue the one before it, the calls between are left out of the trace
+    (sampled decode) and the state is taken to be what those calls would have left.
+    """
+
+    batch: int
+    dtype: str
+    calls: tuple[Call, ...]
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise WorkloadError(f"batch is {self.batch}, expected at least 1")
+        if not self.calls:
+            raise WorkloadError("a scenario needs at least one call")
+        end = 0
+        for call in self.calls:
+            if call.tokens < 1 or call.position < end:
+                raise WorkloadError(
+                    f"call of {call.tokens} tokens at position {call.position}: calls need at least one token and may "
+                    f"not start before position {end}, where the call before ends"
+                )
+            end = call.position + call.tokens
+
+    @staticmethod
+    def prefill(tokens: int, *, batch: int = 1, dtype: str = "bf16", call_tokens: int = 8192) -> Scenario:
+        """``tokens`` from an empty state in calls of ``call_tokens``, logits after the last one."""
+        if tokens < 1 or call_tokens < 1:
+            raise WorkloadError(f"prefill of {tokens} tokens in calls of {call_tokens}: both must be at least 1")
+        starts = range(0, tokens, call_tokens)
+        calls = tuple(
+            Call(position=p, tokens=min(call_tokens, tokens - p), logits=p + call_tokens >= tokens) for p in starts
+        )
+        return Scenario(batch=batch, dtype=dtype, calls=calls)
+
+    @staticmethod
+    def decode(positions: tuple[int, ...] | range, *, batch: int = 1, dtype: str = "bf16") -> Scenario:
+        """One token at each of the given positions (tokens already seen), with logits."""
+        return Scenario(
+            batch=batch, dtype=dtype, calls=tuple(Call(position=p, tokens=1, logits=True) for p in positions)
+        )
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens held after the last call."""
+        return self.calls[-1].position + self.calls[-1].tokens

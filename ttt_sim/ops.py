@@ -1,0 +1,340 @@
+"""The trace: what a workload computes, moves and writes, as columns, one row per op. It knows no chip.
+
+An op reads and writes *versions* of tensors. Version order carries the hazards: a reader of ``(tensor, v)`` follows
+the op that wrote ``(tensor, v)`` (read after write), and the op that overwrites ``(tensor, v)`` in place with ``v + 1``
+follows every reader of ``v`` (write after read). Only tensors that live across ops in one place (fast weights, carries,
+optimiser state, ring buffers) are overwritten; each version of an activation is a buffer of its own.
+
+Byte columns are *compulsory unfused* traffic: every operand read once, every result written once. What really reaches
+a memory is decided by :mod:`ttt_sim.lower` from fusion and residency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Role(IntEnum):
+    """What a tensor is for; decides capacity and traffic classes."""
+
+    WEIGHT = 0  # frozen parameters, shared by the sequences of a batch
+    FAST_WEIGHT = 1  # per sequence, overwritten at run time
+    KV = 2  # keys and values kept for attention
+    CARRY = 3  # rows of the unfinished chunk (inputs, targets, hidden rows, online accumulator)
+    ACTIVATION = 4
+    GRADIENT = 5  # weight deltas and other temporaries of an update
+
+
+#: Reporting classes of memory traffic, by role.
+TRAFFIC_CLASSES: tuple[str, ...] = ("weights", "fast_weights", "kv", "activations", "gradients")
+CLASS_OF_ROLE: Mapping[Role, str] = {
+    Role.WEIGHT: "weights",
+    Role.FAST_WEIGHT: "fast_weights",
+    Role.KV: "kv",
+    Role.CARRY: "activations",
+    Role.ACTIVATION: "activations",
+    Role.GRADIENT: "gradients",
+}
+
+
+class Phase(IntEnum):
+    FORWARD = 0
+    RECOMPUTE = 1  # forward work done again for an update (official control flow)
+    BACKWARD = 2  # building the delta: convolution, projection, delta GEMM, norm, scale
+    WEIGHT_WRITE = 3  # the op whose output is a new version of a fast weight
+
+
+#: Phases that form the update stream; the others form the forward stream.
+UPDATE_PHASES: tuple[Phase, ...] = (Phase.BACKWARD, Phase.WEIGHT_WRITE)
+
+
+class OpClass(IntEnum):
+    """How a mapper treats an op."""
+
+    MATMUL = 0  # C[m,n] = A[m,k] B[k,n], `batch` independent products
+    ATTENTION = 1  # `batch` sequences, m query rows, n key rows, head width k, `pairs` visible pairs per sequence
+    VECTOR = 2  # m rows of width n on vector units, streaming its operands
+    COPY = 3  # moves bytes, computes nothing
+
+
+class OpKind(NamedTuple):
+    """One kind of op. ``spec`` is its id in the operation lists of docs/workloads.md."""
+
+    name: str
+    spec: str
+    op_class: OpClass
+    title: str
+
+
+#: Every op kind, in the order in which one layer runs them. The trace stores the index.
+OP_KINDS: tuple[OpKind, ...] = (
+    OpKind("embedding", "F0", OpClass.COPY, "token embedding look-up"),
+    OpKind("attn_norm", "F1", OpClass.VECTOR, "RMSNorm before attention"),
+    OpKind("q_proj", "F2", OpClass.MATMUL, "query projection"),
+    OpKind("k_proj", "F3", OpClass.MATMUL, "key projection"),
+    OpKind("v_proj", "F3", OpClass.MATMUL, "value projection"),
+    OpKind("qk_norm", "F4", OpClass.VECTOR, "RMSNorm of queries and keys"),
+    OpKind("rope", "F5", OpClass.VECTOR, "rotary position embedding"),
+    OpKind("kv_append", "F6", OpClass.VECTOR, "KV cache append"),
+    OpKind("attention", "F7", OpClass.ATTENTION, "attention core"),
+    OpKind("o_proj", "F8", OpClass.MATMUL, "output projection"),
+    OpKind("attn_residual", "F9", OpClass.VECTOR, "residual add after attention"),
+    OpKind("mlp_norm", "F10", OpClass.VECTOR, "RMSNorm before the MLP"),
+    OpKind("carry_append", "C1", OpClass.VECTOR, "append to the rows of the open chunk"),
+    OpKind("gate_proj", "F11", OpClass.MATMUL, "gate projection"),
+    OpKind("up_proj", "F12", OpClass.MATMUL, "up projection"),
+    OpKind("silu_mul", "F13", OpClass.VECTOR, "SiLU and product"),
+    OpKind("down_proj", "F14", OpClass.MATMUL, "down projection, frozen"),
+    OpKind("fast_apply", "F14", OpClass.MATMUL, "down projection with the fast weight"),
+    OpKind("mlp_residual", "F15", OpClass.VECTOR, "residual add after the MLP"),
+    OpKind("final_norm", "F16", OpClass.VECTOR, "final RMSNorm"),
+    OpKind("lm_head", "F16", OpClass.MATMUL, "language-model head"),
+    OpKind("target_conv", "U1", OpClass.VECTOR, "depthwise convolution of the targets"),
+    OpKind("target_proj", "U2", OpClass.MATMUL, "target projection"),
+    OpKind("delta_gemm", "U3", OpClass.MATMUL, "delta GEMM (outer product over the chunk)"),
+    OpKind("outer_gemm", "U3'", OpClass.MATMUL, "unprojected delta GEMM, chunk at least d_ff"),
+    OpKind("outer_proj", "U2'", OpClass.MATMUL, "projection of the delta, chunk at least d_ff"),
+    OpKind("delta_norm", "U4", OpClass.VECTOR, "Frobenius norm of the delta (barrier)"),
+    OpKind("delta_scale", "U5", OpClass.VECTOR, "scale of the delta by the rate"),
+    OpKind("weight_write", "U6", OpClass.VECTOR, "add of the delta into the fast weight"),
+    OpKind("delta_write", "U3+U5+U6", OpClass.MATMUL, "delta GEMM that accumulates into the fast weight"),
+    OpKind("online_update", "C2", OpClass.MATMUL, "rank-one update of the online accumulator"),
+    OpKind("fast_init", "C3", OpClass.COPY, "copy of the trained weight into a fast weight"),
+)
+KIND: Mapping[str, int] = {kind.name: code for code, kind in enumerate(OP_KINDS)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensor:
+    """A named buffer. ``shape`` includes the batch for per-sequence tensors; ``nbytes`` is the whole allocation.
+
+    ``initial_version`` is the version that exists before the first op (-1: none; it must be written first).
+    ``in_place``: a new version overwrites the old one, so write-after-read order holds.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: Role
+    nbytes: int
+    initial_version: int = -1
+    in_place: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trace:
+    """Ops in program order as int64 columns of length ``n_ops``.
+
+    ``kind`` index into :data:`OP_KINDS`; ``phase`` a :class:`Phase`; ``layer`` -1 outside the layers; ``chunk`` index
+    of the chunk of the sequence, -1 for ops that belong to none; ``step`` index of the call in the scenario;
+    ``position`` tokens before that call; ``dtype`` index into :data:`DTYPES` of the multiplied operands; ``batch, m, n,
+    k`` as :class:`OpClass` says; ``heads, kv_heads, pairs`` for attention, else 0 (``pairs``: visible query-key pairs
+    per sequence); ``flops`` multiply-adds counted as two; ``vector_ops`` lane operations, of which ``exp_ops,
+    rsqrt_ops, div_ops`` are transcendental, reciprocal root and divide.
+
+    Operands are kept as CSR columns: op i reads entries ``read_ptr[i]:read_ptr[i+1]`` of (``read_tensor``,
+    ``read_version``, ``read_bytes``), and likewise for writes. ``after_ptr``/``after_idx`` are explicit extra
+    dependencies on earlier ops.
+    """
+
+    kind: IntArray
+    phase: IntArray
+    layer: IntArray
+    chunk: IntArray
+    step: IntArray
+    position: IntArray
+    dtype: IntArray
+    batch: IntArray
+    m: IntArray
+    n: IntArray
+    k: IntArray
+    heads: IntArray
+    kv_heads: IntArray
+    pairs: IntArray
+    flops: IntArray
+    vector_ops: IntArray
+    exp_ops: IntArray
+    rsqrt_ops: IntArray
+    div_ops: IntArray
+    read_ptr: IntArray
+    read_tensor: IntArray
+    read_version: IntArray
+    read_bytes: IntArray
+    write_ptr: IntArray
+    write_tensor: IntArray
+    write_version: IntArray
+    write_bytes: IntArray
+    after_ptr: IntArray
+    after_idx: IntArray
+    tensors: tuple[Tensor, ...]
+    meta: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def n_ops(self) -> int:
+        return int(self.kind.shape[0])
+
+
+#: Scalar columns of a trace, in the order in which files list them.
+OP_COLUMNS: tuple[str, ...] = (
+    "kind", "phase", "layer", "chunk", "step", "position", "dtype", "batch", "m", "n", "k", "heads", "kv_heads",
+    "pairs", "flops", "vector_ops", "exp_ops", "rsqrt_ops", "div_ops",
+)  # fmt: skip
+
+
+# --- cost rules -------------------------------------------------------------------------------------------------------
+
+#: A whole number, or one whole number per call (an int64 array).
+Num = int | IntArray
+
+
+class LaneCost(NamedTuple):
+    """Cost of a row-wise op per element of its m x n rows, and per row. ``lanes`` includes the transcendentals."""
+
+    lanes: int = 0
+    exp: int = 0
+    div: int = 0
+    rsqrt_per_row: int = 0
+    flops: int = 0
+
+
+#: The cost rule of every kind of class VECTOR; matrix products and attention have one rule each, in :func:`op_cost`.
+LANE_COST: Mapping[str, LaneCost] = {
+    "attn_norm": LaneCost(lanes=4, rsqrt_per_row=1),
+    "qk_norm": LaneCost(lanes=4, rsqrt_per_row=1),
+    "rope": LaneCost(lanes=3),
+    "kv_append": LaneCost(),
+    "attn_residual": LaneCost(lanes=1),
+    "mlp_norm": LaneCost(lanes=4, rsqrt_per_row=1),
+    "carry_append": LaneCost(),
+    "silu_mul": LaneCost(lanes=5, exp=1, div=1),
+    "mlp_residual": LaneCost(lanes=1),
+    "final_norm": LaneCost(lanes=4, rsqrt_per_row=1),
+    "target_conv": LaneCost(flops=10),  # five taps, a multiply-add each
+    "delta_norm": LaneCost(lanes=2),
+    "delta_scale": LaneCost(lanes=1),
+    "weight_write": LaneCost(lanes=1),
+}
+
+
+class OpCost(NamedTuple):
+    """Values of the trace columns of the same names."""
+
+    flops: Num
+    vector_ops: Num
+    exp_ops: Num
+    rsqrt_ops: Num
+    div_ops: Num
+
+
+def op_cost(
+    kind: str, *, batch: int, m: Num, n: Num, k: Num, heads: int = 0, pairs: Num = 0, extra_lanes: Num = 0
+) -> OpCost:
+    """The cost rule: what an op of these dimensions computes.
+
+    ``extra_lanes``: lane operations that the op does besides its own (quantising, dequantising, a fused scale and add).
+    """
+    op_class = OP_KINDS[KIND[kind]].op_class
+    if op_class == OpClass.MATMUL:
+        return OpCost(2 * batch * m * n * k, extra_lanes, 0, 0, 0)
+    if op_class == OpClass.ATTENTION:
+        scores = batch * heads * pairs
+        return OpCost(4 * k * scores, 5 * scores + extra_lanes, scores, 0, 0)
+    if op_class == OpClass.COPY:
+        return OpCost(0, extra_lanes, 0, 0, 0)
+    rule, elements = LANE_COST[kind], batch * m * n
+    roots = rule.rsqrt_per_row * batch * m
+    lanes = rule.lanes * elements + roots + extra_lanes
+    return OpCost(rule.flops * elements, lanes, rule.exp * elements, roots, rule.div * elements)
+
+
+# --- dependencies -----------------------------------------------------------------------------------------------------
+
+
+class Hazard(IntEnum):
+    """Why an op waits for an earlier one; of several reasons the first in this order is kept."""
+
+    RAW = 0  # it reads what the other writes
+    WAR = 1  # it overwrites in place what the other reads
+    WAW = 2  # it overwrites in place what the other wrote
+    AFTER = 3  # the trace says so
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Dependencies:
+    """Op i waits for ops ``idx[ptr[i]:ptr[i+1]]``, earlier ones, rising, each once; ``hazard`` says why."""
+
+    ptr: IntArray
+    idx: IntArray
+    hazard: IntArray
+
+
+def version_slots(trace: Trace) -> tuple[IntArray, IntArray, int]:
+    """Number the (tensor, version) pairs of a trace densely, versions of one tensor next to each other.
+
+    Returns the slot of each read entry, the slot of each write entry, and the number of slots. Slot - 1 is the version
+    before, also for the first version of a tensor.
+    """
+    n_tensors = len(trace.tensors)
+    low = np.array([tensor.initial_version for tensor in trace.tensors], dtype=np.int64)
+    high = low.copy()
+    for tensor, version in ((trace.read_tensor, trace.read_version), (trace.write_tensor, trace.write_version)):
+        np.minimum.at(low, tensor, version)
+        np.maximum.at(high, tensor, version)
+    start = np.zeros(n_tensors + 1, dtype=np.int64)
+    np.cumsum(high - low + 2, out=start[1:])
+    base = start[:-1] + 1 - low
+    return base[trace.read_tensor] + trace.read_version, base[trace.write_tensor] + trace.write_version, int(start[-1])
+
+
+def owners(ptr: IntArray) -> IntArray:
+    """Index of the op that each entry of a CSR column belongs to."""
+    return np.repeat(np.arange(ptr.size - 1, dtype=np.int64), np.diff(ptr))
+
+
+def dependencies(trace: Trace) -> Dependencies:
+    """What each op of a verified trace waits for (see the module text). Array code, linear but for one sort."""
+    n = trace.n_ops
+    read_slot, write_slot, n_slots = version_slots(trace)
+    reader, writer_op = owners(trace.read_ptr), owners(trace.write_ptr)
+    writer = np.full(n_slots, -1, dtype=np.int64)
+    writer[write_slot] = writer_op
+
+    waiting, needed, hazard = [], [], []
+
+    def add(ops: IntArray, on: IntArray, code: Hazard) -> None:
+        keep = (on >= 0) & (on != ops)
+        waiting.append(ops[keep])
+        needed.append(on[keep])
+        hazard.append(np.full(int(keep.sum()), int(code), dtype=np.int64))
+
+    add(reader, writer[read_slot], Hazard.RAW)
+    in_place = np.array([tensor.in_place for tensor in trace.tensors], dtype=np.bool_)
+    overwrites = in_place[trace.write_tensor]
+    over_op, over_slot = writer_op[overwrites], write_slot[overwrites]
+    # Readers of the overwritten version, as a ragged range per write.
+    read_in_place = np.flatnonzero(in_place[trace.read_tensor])
+    by_slot = read_in_place[np.argsort(read_slot[read_in_place], kind="stable")]
+    left = np.searchsorted(read_slot[by_slot], over_slot - 1, side="left")
+    counts = np.searchsorted(read_slot[by_slot], over_slot - 1, side="right") - left
+    entry = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(left - np.cumsum(counts) + counts, counts)
+    add(np.repeat(over_op, counts), reader[by_slot[entry]], Hazard.WAR)
+    add(over_op, writer[over_slot - 1], Hazard.WAW)
+    add(owners(trace.after_ptr), trace.after_idx, Hazard.AFTER)
+
+    key = (np.concatenate(waiting) * max(n, 1) + np.concatenate(needed)) * len(Hazard) + np.concatenate(hazard)
+    key.sort(kind="stable")
+    pair = key // len(Hazard)
+    first = np.ones(key.size, dtype=np.bool_)
+    first[1:] = pair[1:] != pair[:-1]
+    pair = pair[first]
+    ptr = np.zeros(n + 1, dtype=np.int64)
+    np.cumsum(np.bincount(pair // max(n, 1), minlength=n), out=ptr[1:])
+    return Dependencies(ptr=ptr, idx=pair % max(n, 1), hazard=key[first] % len(Hazard))

@@ -1,0 +1,52 @@
+"""From a model, a method and a scenario to a trace. Pure functions that know no chip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ttt_sim.data_files import did_you_mean
+from ttt_sim.errors import ConfigError
+from ttt_sim.model import MethodSettings, Model, Scenario
+from ttt_sim.ops import Trace
+from ttt_sim.workload.attention import check_kv
+from ttt_sim.workload.in_place_ttt import TTT, TTT_WINDOW
+from ttt_sim.workload.kv_cache import KV, KV_QUANT, KV_WINDOW
+from ttt_sim.workload.method import Method, State
+
+__all__ = ["METHODS", "Method", "State", "build_trace", "find_method", "state_per_sequence"]
+
+#: Every method by name.
+METHODS: Mapping[str, Method] = {
+    "kv": KV,
+    "kv_window": KV_WINDOW,
+    "kv_quant": KV_QUANT,
+    "ttt": TTT,
+    "ttt_window": TTT_WINDOW,
+}
+
+
+def find_method(name: str) -> Method:
+    """The method of this name; raises :class:`ConfigError` with the nearest spelling."""
+    if name not in METHODS:
+        known = tuple(METHODS)
+        raise ConfigError(f"unknown method {name!r}{did_you_mean(name, known)}; methods: {', '.join(known)}")
+    return METHODS[name]
+
+
+def build_trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
+    """The trace of ``scenario`` on ``model`` with the method that ``settings`` name.
+
+    Raises:
+        ConfigError: unknown method, or settings that cannot be.
+    """
+    return find_method(settings.name).trace(model, settings, scenario)
+
+
+def state_per_sequence(model: Model, settings: MethodSettings, tokens: int, dtype: str) -> State:
+    """What one sequence keeps after ``tokens`` tokens, with activations of ``dtype``.
+
+    Raises:
+        ConfigError: unknown method, or settings that cannot be.
+    """
+    check_kv(settings.kv)
+    return find_method(settings.name).state(model, settings, tokens, dtype)

@@ -1,0 +1,192 @@
+"""The attention half of a layer, and what it keeps: a full KV cache or a window of it, as it is or quantised.
+
+A full cache grows in place: a call appends its rows and then attends to all rows, so every key is read in the cache's
+format. A window is a ring buffer of w rows, too small for the rows of a long call. So a call attends to the ring as
+earlier calls left it (w - 1 rows at most) and to its own rows before they are stored, then overwrites the oldest rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ttt_sim.data_files import did_you_mean
+from ttt_sim.dtypes import DTYPES
+from ttt_sim.errors import ConfigError
+from ttt_sim.model import KVSettings, Model, Scenario
+from ttt_sim.ops import IntArray, Num, Role
+from ttt_sim.workload.builder import Read, Segment, TraceBuilder, n_bytes
+
+#: Formats that cost work to store and to read, and those of them that share a scale and zero point in groups.
+_QUANTISED = ("fp8", "int8", "fp4", "int4")
+_GROUPED = ("fp4", "int4")
+_SCALE_BYTES = 2
+#: Lane operations per element: multiply by a scale and add a zero point.
+_QUANTISE_LANES = 2
+
+
+def check_kv(kv: KVSettings) -> None:
+    """Raise :class:`ConfigError` for settings of the cache that cannot be."""
+    allowed = tuple(dtype for dtype in DTYPES if dtype != "tf32")
+    if kv.dtype not in allowed:
+        hint = did_you_mean(kv.dtype, allowed)
+        raise ConfigError(f"KV dtype {kv.dtype!r} is unknown{hint}; allowed: {', '.join(allowed)}")
+    if kv.window_tokens is not None and kv.window_tokens < 1:
+        raise ConfigError(f"attention window is {kv.window_tokens} tokens, expected at least 1")
+    if kv.group < 1:
+        raise ConfigError(f"KV quantisation group is {kv.group} elements, expected at least 1")
+
+
+def kv_token_bytes(model: Model, kv: KVSettings) -> int:
+    """Bytes that one layer keeps of one token of one sequence: key, value and their scales."""
+    width = model.n_kv_heads * model.head_dim
+    scales = 0
+    if kv.dtype in _GROUPED:
+        scales = 2 * _SCALE_BYTES * -(-width // kv.group)  # a scale and a zero point
+    elif kv.dtype in _QUANTISED and kv.per_token_scale:
+        scales = _SCALE_BYTES * model.n_kv_heads
+    return 2 * (int(n_bytes(width, kv.dtype)) + scales)
+
+
+def kept_tokens(kv: KVSettings, tokens: int) -> int:
+    """Tokens of which attention keeps keys and values after ``tokens``."""
+    return tokens if kv.window_tokens is None else min(tokens, kv.window_tokens)
+
+
+def kv_bytes(model: Model, kv: KVSettings, tokens: int) -> int:
+    """KV state of one sequence after ``tokens`` tokens, all layers."""
+    return model.n_layers * kv_token_bytes(model, kv) * kept_tokens(kv, tokens)
+
+
+def visible_pairs(kv: KVSettings, positions: IntArray, rows: int) -> IntArray:
+    """Query-key pairs that ``rows`` new rows see after ``positions`` earlier ones: the sum of min(w, p + i)."""
+    if kv.window_tokens is None:
+        return rows * positions + rows * (rows + 1) // 2
+    growing = np.clip(kv.window_tokens - positions, 0, rows)  # rows whose window is not full yet
+    return growing * positions + growing * (growing + 1) // 2 + (rows - growing) * kv.window_tokens
+
+
+def declare_kv(builder: TraceBuilder, model: Model, kv: KVSettings, scenario: Scenario) -> None:
+    """Declare the caches, with room for what they hold at the end. Version 0 is what they hold at the start."""
+    tokens = kept_tokens(kv, scenario.context_tokens)
+    builder.declare(
+        "kv",
+        (scenario.batch, tokens, 2, model.n_kv_heads, model.head_dim),
+        kv.dtype,
+        Role.KV,
+        layers=range(model.n_layers),
+        size=scenario.batch * tokens * kv_token_bytes(model, kv),
+        initial_version=0,
+        in_place=kv.window_tokens is not None,
+    )
+
+
+def emit_attention(s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str) -> None:
+    """Ops F1 to F9, from ``layer_input`` to ``attended``, the residual stream in the middle of the layer."""
+    m, h = s.run.tokens, model.head_dim
+    rows, d = batch * m, model.d_model
+    q_width, kv_width = model.n_heads * h, model.n_kv_heads * h
+
+    def size(*shape: int) -> int:
+        return int(n_bytes(int(np.prod(shape)), dtype))
+
+    stream: Read = ("layer_input", size(rows, d))
+    normed = s.buffer("attn_normed", (batch, m, d), dtype)
+    s.op("attn_norm", reads=[stream, ("attn_norm.weight", size(d))], writes=[normed], dtype=dtype, m=rows, n=d)
+    q, k, v = (
+        s.buffer(name, (batch, m, width), dtype) for name, width in (("q", q_width), ("k", kv_width), ("v", kv_width))
+    )
+    for out, width in ((q, q_width), (k, kv_width), (v, kv_width)):
+        weight = (f"{out[0]}_proj.weight", size(d, width))
+        s.op(f"{out[0]}_proj", reads=[normed, weight], writes=[out], dtype=dtype, m=rows, n=width, k=d)
+    if model.qk_norm:
+        normed_q, normed_k = (
+            s.buffer("q_normed", (batch, m, q_width), dtype),
+            s.buffer("k_normed", (batch, m, kv_width), dtype),
+        )
+        # The 2 h norm weights are left out of the byte count, as in the operation list.
+        s.op(
+            "qk_norm", reads=[q, k, ("qk_norm.weight", 0)], writes=[normed_q, normed_k],
+            dtype=dtype, m=rows * (model.n_heads + model.n_kv_heads), n=h,
+        )  # fmt: skip
+        q, k = normed_q, normed_k
+    rotated_q, rotated_k = (
+        s.buffer("q_rotated", (batch, m, q_width), dtype),
+        s.buffer("k_rotated", (batch, m, kv_width), dtype),
+    )
+    # Sequences advance together, so one row of cosines and sines serves all of them.
+    s.op(
+        "rope", reads=[q, k, ("rope_table", size(2 * m, h))], writes=[rotated_q, rotated_k],
+        dtype=dtype, m=rows, n=q_width + kv_width,
+    )  # fmt: skip
+    if kv.window_tokens is None or m == 1:
+        # One new row takes the slot of the token that leaves the window with it, so it may be stored before the core.
+        _append(s, model, kv, batch, dtype, rotated_k, v)
+        keys = s.run.positions + m
+        if kv.window_tokens is not None:
+            keys = np.minimum(keys, kv.window_tokens)
+        _core(s, model, kv, batch, dtype, rotated_q, keys, stored=keys, fresh=())
+    else:
+        stored = np.minimum(s.run.positions, kv.window_tokens - 1)
+        _core(s, model, kv, batch, dtype, rotated_q, stored + m, stored=stored, fresh=(rotated_k, v))
+        _append(s, model, kv, batch, dtype, rotated_k, v)
+    projected = s.buffer("attn_projected", (batch, m, d), dtype)
+    s.op(
+        "o_proj", reads=[("attn_core", size(rows, q_width)), ("o_proj.weight", size(q_width, d))], writes=[projected],
+        dtype=dtype, m=rows, n=d, k=q_width,
+    )  # fmt: skip
+    s.op(
+        "attn_residual", reads=[stream, projected], writes=[s.buffer("attended", (batch, m, d), dtype)],
+        dtype=dtype, m=rows, n=d,
+    )  # fmt: skip
+
+
+def _append(s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, k: Read, v: Read) -> None:
+    """F6: store the rows that are kept. The read of the cache costs nothing, it puts appends in order."""
+    rows = batch * kept_tokens(kv, s.run.tokens)
+    width = model.n_kv_heads * model.head_dim
+    size = int(n_bytes(rows * width, dtype))
+    s.op(
+        "kv_append",
+        reads=[(k[0], size), (v[0], size), ("kv", 0)],
+        writes=[("kv", rows * kv_token_bytes(model, kv))],
+        dtype=dtype,
+        m=rows,
+        n=2 * width,
+        extra_lanes=_QUANTISE_LANES * 2 * rows * width if kv.dtype in _QUANTISED else 0,
+    )
+
+
+def _core(
+    s: Segment,
+    model: Model,
+    kv: KVSettings,
+    batch: int,
+    dtype: str,
+    q: Read,
+    keys: IntArray,
+    *,
+    stored: IntArray,
+    fresh: tuple[Read, ...],
+) -> None:
+    """F7 over ``keys`` rows, ``stored`` of them from the cache and the rest from ``fresh`` rows of this call."""
+    m, h = s.run.tokens, model.head_dim
+    dequantise: Num = 0
+    if kv.dtype in _QUANTISED:
+        dequantise = _QUANTISE_LANES * 2 * batch * model.n_kv_heads * h * stored
+    cached: list[Read] = []
+    if stored.any():
+        cached = [("kv", batch * kv_token_bytes(model, kv) * stored)]
+    s.op(
+        "attention",
+        reads=[q, *cached, *fresh],
+        writes=[s.buffer("attn_core", (batch, m, model.n_heads * h), dtype)],
+        dtype=dtype,
+        batch=batch,
+        m=m,
+        n=keys,
+        k=h,
+        heads=model.n_heads,
+        kv_heads=model.n_kv_heads,
+        pairs=visible_pairs(kv, s.run.positions, m),
+        extra_lanes=dequantise,
+    )

@@ -1,0 +1,176 @@
+"""The update of a fast weight from one chunk: ops U1 to U6, fused and split forms, and the online accumulation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ttt_sim.dtypes import tensor_bytes
+from ttt_sim.model import TTTSettings
+from ttt_sim.ops import Num, Phase, Role
+from ttt_sim.workload.builder import Read, Segment, Write
+from ttt_sim.workload.fast_state import (
+    ACCUMULATOR_DTYPE,
+    CONV_TAPS,
+    MASTER_DTYPE,
+    conv_lookahead,
+    layer_weight_bytes,
+    outer_first,
+)
+from ttt_sim.workload.transformer import Decoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkUpdate:
+    """Emits updates into a TTT layer. Rows are per sequence; sizes cover the batch."""
+
+    decoder: Decoder
+    ttt: TTTSettings
+
+    @property
+    def delta_dtype(self) -> str:
+        """A delta has the format of the weight that it is added to."""
+        return MASTER_DTYPE if self.ttt.weight_write == "master" else self.ttt.fast_dtype
+
+    def weights(self) -> list[Write]:
+        """The fast tensors of a layer, the one that deltas are added to first."""
+        sizes = layer_weight_bytes(self.decoder.model, self.ttt)
+        order = ["fast_master", "fast_weight"] if "fast_master" in sizes else ["fast_weight"]
+        return [(name, self.decoder.batch * sizes[name]) for name in order]
+
+    def emit_chunk(self, s: Segment, chunk: Num, targets: Sequence[Read], hidden: Sequence[Read]) -> None:
+        """The update from a whole chunk whose C rows of targets and hidden rows the operands hold."""
+        rows = self.ttt.chunk_tokens
+        values = self._target_values(s, rows, chunk, targets)
+        if outer_first(self.decoder.model, self.ttt):
+            outer = self._delta_buffer(s, "outer_delta")
+            self._product(s, "outer_gemm", rows, chunk, [values, *hidden], [outer])
+            self._project_delta(s, chunk, outer)
+        elif self._needs_delta:
+            delta = self._delta_buffer(s, "delta")
+            self._product(s, "delta_gemm", rows, chunk, [values, *hidden], [delta])
+            self._add_delta(s, chunk, delta)
+        else:
+            self._product(s, "delta_write", rows, chunk, [values, *hidden, self.weights()[0]], self.weights())
+
+    def emit_fold(self, s: Segment, chunk: Num, *, before: int, after: int, target: str) -> None:
+        """Online form: an open chunk grows from ``before`` to ``after`` rows; at C rows the weight is updated.
+
+        A row enters the accumulator once the rows that its convolution looks ahead to are there.
+        """
+        batch, d, f = self.decoder.batch, self.decoder.model.d_model, self.decoder.model.d_ff
+        full = after == self.ttt.chunk_tokens
+        done = max(0, before - conv_lookahead(self.ttt))
+        ready = after if full else max(0, after - conv_lookahead(self.ttt))
+        rows = ready - done
+        if not rows:
+            return
+        targets = _nonempty(
+            ("carry_targets", self.decoder.size(batch * min(before, CONV_TAPS - 1), d)),
+            (target, self.decoder.size(batch * (after - before), d)),
+        )
+        waiting = min(before - done, rows)
+        hidden = _nonempty(
+            ("carry_hidden", self.decoder.size(batch * waiting, f)),
+            ("hidden", self.decoder.size(batch * (rows - waiting), f)),
+        )
+        values = self._target_values(s, rows, chunk, targets)
+        accumulator = ("accumulator", tensor_bytes(batch * d * f, ACCUMULATOR_DTYPE))
+        old = [accumulator] if done else []  # the first rows of a chunk overwrite what the last chunk left
+        self._product(s, "online_update", rows, chunk, [values, *hidden, *old], [accumulator])
+        if full and outer_first(self.decoder.model, self.ttt):
+            self._project_delta(s, chunk, accumulator)
+        elif full:
+            self._add_delta(s, chunk, accumulator)
+
+    @property
+    def _needs_delta(self) -> bool:
+        """The delta must exist by itself before the weight changes; a norm needs all of it."""
+        return self.ttt.weight_write == "official" or self.ttt.clip is not None
+
+    def _delta_buffer(self, s: Segment, name: str) -> Write:
+        shape = (self.decoder.batch, self.decoder.model.d_model, self.decoder.model.d_ff)
+        return s.buffer(name, shape, self.delta_dtype, Role.GRADIENT)
+
+    def _target_values(self, s: Segment, rows: int, chunk: Num, targets: Sequence[Read]) -> Read:
+        """U1 and, if the projection comes first, U2 on ``rows`` rows."""
+        batch, d, dtype = self.decoder.batch, self.decoder.model.d_model, self.decoder.dtype
+        values = s.buffer("convolved_targets", (batch, rows, d), dtype, Role.GRADIENT)
+        s.op(
+            "target_conv", reads=[*targets, ("ttt_conv.weight", self.decoder.size(CONV_TAPS, d))], writes=[values],
+            dtype=dtype, m=batch * rows, n=d, phase=Phase.BACKWARD, chunk=chunk,
+        )  # fmt: skip
+        if not self.ttt.projection or outer_first(self.decoder.model, self.ttt):
+            return values
+        projected = s.buffer("projected_targets", (batch, rows, d), dtype, Role.GRADIENT)
+        s.op(
+            "target_proj", reads=[values, ("ttt_proj.weight", self.decoder.size(d, d))], writes=[projected],
+            dtype=dtype, m=batch * rows, n=d, k=d, phase=Phase.BACKWARD, chunk=chunk,
+        )  # fmt: skip
+        return projected
+
+    def _product(
+        self, s: Segment, kind: str, rows: int, chunk: Num, reads: Sequence[Read], writes: Sequence[Write]
+    ) -> None:
+        """(d, rows) by (rows, f) for every sequence."""
+        model, batch = self.decoder.model, self.decoder.batch
+        fused = kind == "delta_write"
+        s.op(
+            kind, reads=reads, writes=writes, dtype=self.decoder.dtype,
+            batch=batch, m=model.d_model, n=model.d_ff, k=rows, chunk=chunk,
+            phase=Phase.WEIGHT_WRITE if fused else Phase.BACKWARD, extra_lanes=self._scale_and_add if fused else 0,
+        )  # fmt: skip
+
+    def _project_delta(self, s: Segment, chunk: Num, outer: Read) -> None:
+        """U2': P^T Q, as the rows of Q^T of all sequences by the shared P."""
+        d, f = self.decoder.model.d_model, self.decoder.model.d_ff
+        fused = not self._needs_delta
+        reads = [outer, ("ttt_proj.weight", self.decoder.size(d, d))]
+        delta = None if fused else self._delta_buffer(s, "delta")
+        s.op(
+            "delta_write" if fused else "outer_proj",
+            reads=reads if delta else [*reads, self.weights()[0]],
+            writes=[delta] if delta else self.weights(),
+            dtype=self.decoder.dtype,
+            m=self.decoder.batch * f,
+            n=d,
+            k=d,
+            phase=Phase.WEIGHT_WRITE if fused else Phase.BACKWARD,
+            chunk=chunk,
+            extra_lanes=self._scale_and_add if fused else 0,
+        )
+        if delta:
+            self._add_delta(s, chunk, delta)
+
+    @property
+    def _scale_and_add(self) -> int:
+        return 2 * self.decoder.batch * self.decoder.model.d_model * self.decoder.model.d_ff
+
+    def _add_delta(self, s: Segment, chunk: Num, delta: Read) -> None:
+        """U4 (with a clip), U5, U6: scale and add are one pass unless the variant is the released code's."""
+        m, f = self.decoder.batch * self.decoder.model.d_model, self.decoder.model.d_ff
+        norm: list[Read] = []
+        if self.ttt.clip is not None:
+            # One number per sequence: named for its order, too small to count.
+            s.buffer("delta_norm", (self.decoder.batch,), "fp32", Role.GRADIENT)
+            norm = [("delta_norm", 0)]
+            s.op(
+                "delta_norm", reads=[delta], writes=[("delta_norm", 0)],
+                dtype=self.delta_dtype, m=m, n=f, phase=Phase.BACKWARD, chunk=chunk,
+            )  # fmt: skip
+        fused = self.ttt.weight_write != "official"
+        if not fused:
+            scaled = self._delta_buffer(s, "scaled_delta")
+            s.op(
+                "delta_scale", reads=[delta, *norm], writes=[scaled],
+                dtype=self.delta_dtype, m=m, n=f, phase=Phase.BACKWARD, chunk=chunk,
+            )  # fmt: skip
+            delta, norm = scaled, []
+        s.op(
+            "weight_write", reads=[delta, *norm, self.weights()[0]], writes=self.weights(),
+            dtype=self.delta_dtype, m=m, n=f, phase=Phase.WEIGHT_WRITE, chunk=chunk, extra_lanes=m * f if fused else 0,
+        )  # fmt: skip
+
+
+def _nonempty(*reads: Read) -> list[Read]:
+    return [read for read in reads if read[1]]

@@ -1,0 +1,210 @@
+"""The algebra that traces must agree with: sizes, FLOPs, bytes and crossovers as formulas, exact.
+
+Independent of the trace generator, which does not use it; tests hold the two together, and reports print these values
+beside simulated ones. Symbols of docs/workloads.md: d = d_model, f = d_ff, L layers of which s are TTT layers, H query
+and G KV heads of width h, C tokens per chunk, w tokens of window, B sequences, kappa KV bytes per token, Phi
+fast-weight bytes per sequence. Formats are given by name; an ideal 4-bit cache without scales is ``int4``.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import NamedTuple
+
+from ttt_sim.dtypes import DTYPE_BITS
+from ttt_sim.model import Model, TTTSettings, WeightWrite
+
+
+def element_bytes(dtype: str) -> Fraction:
+    """Bytes per element, half a byte for 4-bit formats."""
+    return Fraction(DTYPE_BITS[dtype], 8)
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
+
+def kv_bytes_per_token(model: Model, kv_dtype: str = "bf16") -> Fraction:
+    """kappa = 2 G h L e_kv."""
+    return 2 * model.n_kv_heads * model.head_dim * model.n_layers * element_bytes(kv_dtype)
+
+
+def fast_weight_bytes(model: Model, ttt: TTTSettings) -> Fraction:
+    """Phi = s d f e_f."""
+    return len(ttt.layers_of(model)) * model.d_model * model.d_ff * element_bytes(ttt.fast_dtype)
+
+
+def official_carry_bytes(model: Model, ttt: TTTSettings, dtype: str = "bf16") -> Fraction:
+    """2 s (C - 1) d e_a: inputs and targets of an open chunk that lacks one token."""
+    return 2 * len(ttt.layers_of(model)) * (ttt.chunk_tokens - 1) * model.d_model * element_bytes(dtype)
+
+
+# --- crossovers, in tokens --------------------------------------------------------------------------------------------
+
+
+def state_crossover(model: Model, ttt: TTTSettings, kv_dtype: str = "bf16") -> Fraction:
+    """T_state = Phi / kappa: the fast weights equal that much KV cache.
+
+    Also C_write: the chunk at which fused weight writes per token equal the KV append per token.
+    """
+    return fast_weight_bytes(model, ttt) / kv_bytes_per_token(model, kv_dtype)
+
+
+def windowed_state_crossover(
+    model: Model, ttt: TTTSettings, window_tokens: int, *, dtype: str = "bf16", kv_dtype: str = "bf16"
+) -> Fraction:
+    """w + (Phi + carry) / kappa: windowed TTT with its carry at its largest against a full cache."""
+    held = fast_weight_bytes(model, ttt) + official_carry_bytes(model, ttt, dtype)
+    return window_tokens + held / kv_bytes_per_token(model, kv_dtype)
+
+
+def traffic_crossover(
+    model: Model, ttt: TTTSettings, window_tokens: int, batch: int, kv_dtype: str = "bf16"
+) -> Fraction:
+    """T_traffic(B) = w + (1 - 1/B) Phi / kappa: equal bytes of weights and KV per decode step."""
+    return window_tokens + (1 - Fraction(1, batch)) * state_crossover(model, ttt, kv_dtype)
+
+
+def flop_crossover(model: Model, ttt: TTTSettings, window_tokens: int) -> Fraction:
+    """T_flop = 2 w + s d (d + f) / (L H h): equal prefill FLOPs, for contexts much longer than the window."""
+    update = len(ttt.layers_of(model)) * model.d_model * (model.d_model + model.d_ff)
+    return 2 * window_tokens + Fraction(update, model.n_layers * model.n_heads * model.head_dim)
+
+
+# --- FLOPs ------------------------------------------------------------------------------------------------------------
+
+
+def linear_flops_per_token(model: Model) -> int:
+    """Products with the weights of all layers: 2 FLOPs per parameter."""
+    return 2 * model.block_parameters
+
+
+def visible_pairs(tokens: int, before: int = 0, window_tokens: int | None = None) -> int:
+    """Query-key pairs: m p + m (m + 1) / 2, less what lies outside the window."""
+    pairs = tokens * before + tokens * (tokens + 1) // 2
+    if window_tokens is None:
+        return pairs
+
+    def outside(end: int) -> int:  # pairs that the first `end` rows of a sequence lose
+        lost = max(0, end - window_tokens)
+        return lost * (lost + 1) // 2
+
+    return pairs - outside(before + tokens) + outside(before)
+
+
+def attention_flops(model: Model, tokens: int, before: int = 0, window_tokens: int | None = None) -> int:
+    """4 H h N in every layer: scores and weighted sum."""
+    pairs = visible_pairs(tokens, before, window_tokens)
+    return 4 * model.n_heads * model.head_dim * model.n_layers * pairs
+
+
+def update_flops(model: Model, ttt: TTTSettings) -> int:
+    """F_upd of one chunk, one layer, one sequence: 10 C d + 2 C d^2 + 2 C d f.
+
+    The projection is 2 d^2 f where the outer product comes first, and 0 where there is none.
+    """
+    chunk, d, f = ttt.chunk_tokens, model.d_model, model.d_ff
+    projection = 0
+    if ttt.projection:
+        outer = ttt.contraction == "outer_first" or (ttt.contraction == "auto" and chunk >= f)
+        projection = 2 * d * d * (f if outer else chunk)
+    return 10 * chunk * d + projection + 2 * chunk * d * f
+
+
+def update_lane_ops(model: Model, ttt: TTTSettings) -> int:
+    """Scale and add, 2 d f; with a clip the norm as well, 4 d f."""
+    return (2 if ttt.clip is None else 4) * model.d_model * model.d_ff
+
+
+def update_share(model: Model, ttt: TTTSettings) -> Fraction:
+    """Update FLOPs over the forward FLOPs of all linear layers."""
+    per_token = Fraction(len(ttt.layers_of(model)) * update_flops(model, ttt), ttt.chunk_tokens)
+    return per_token / linear_flops_per_token(model)
+
+
+def mlp_update_share(model: Model) -> Fraction:
+    """(d + f) / (3 f): the two products of an update over the forward of the same MLP."""
+    return Fraction(model.d_model + model.d_ff, 3 * model.d_ff)
+
+
+def boundary_flops(model: Model, ttt: TTTSettings) -> int:
+    """Extra FLOPs of the decode step that completes a chunk, official: s (6 C d f + F_upd), the MLP computed again."""
+    again = 6 * ttt.chunk_tokens * model.d_model * model.d_ff
+    return len(ttt.layers_of(model)) * (again + update_flops(model, ttt))
+
+
+def boundary_update_flops(model: Model, ttt: TTTSettings) -> int:
+    """The same step with hidden rows kept: s F_upd."""
+    return len(ttt.layers_of(model)) * update_flops(model, ttt)
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+class WriteBytes(NamedTuple):
+    """Bytes that taking one delta into one weight reads and writes, the operands of the delta GEMM left out."""
+
+    read: Fraction
+    written: Fraction
+
+
+def weight_write_bytes(model: Model, fast_dtype: str, variant: WeightWrite) -> WriteBytes:
+    """The weight-write variants, from what the delta GEMM writes to the new weight; a delta has the weight's format.
+
+    ``official``: reads d f (2 e_g + e_f), writes the same. ``fused``, ``tile_wise``, ``resident``: d f e_f each way
+    (resident: on chip). ``master``: reads the fp32 master, writes it and the shadow.
+    """
+    elements, e_f = model.d_model * model.d_ff, element_bytes(fast_dtype)
+    if variant == "official":
+        return WriteBytes(elements * 3 * e_f, elements * 3 * e_f)
+    if variant == "master":
+        return WriteBytes(elements * element_bytes("fp32"), elements * (element_bytes("fp32") + e_f))
+    return WriteBytes(elements * e_f, elements * e_f)
+
+
+def update_intensity(model: Model, chunk_tokens: int) -> Fraction:
+    """FLOPs per byte of the fused update, 2-byte elements: C / (C (d + f) / (d f) + 2)."""
+    return chunk_tokens / (chunk_tokens / replay_breakeven_tokens(model) + 2)
+
+
+def compute_bound_chunk(model: Model, flops_per_byte: Fraction) -> Fraction | None:
+    """Chunk at which the fused update reaches a machine balance; None where no chunk does."""
+    share = flops_per_byte / replay_breakeven_tokens(model)
+    return 2 * flops_per_byte / (1 - share) if share < 1 else None
+
+
+def replay_breakeven_tokens(model: Model) -> Fraction:
+    """d f / (d + f): tokens whose logged factors are as large as one dense weight; the limit of the intensity."""
+    return Fraction(model.d_model * model.d_ff, model.d_model + model.d_ff)
+
+
+def step_weight_bytes(model: Model, dtype: str = "bf16") -> Fraction:
+    """W_all: weights that a step with logits reads, norms and the projections of updates left out."""
+    return (model.block_parameters + model.vocab_size * model.d_model) * element_bytes(dtype)
+
+
+def decode_bytes_kv(model: Model, tokens: int, batch: int, *, dtype: str = "bf16", kv_dtype: str = "bf16") -> Fraction:
+    """Weights and KV that one decode step reads: W_all + B T kappa."""
+    return step_weight_bytes(model, dtype) + batch * tokens * kv_bytes_per_token(model, kv_dtype)
+
+
+def decode_bytes_ttt(
+    model: Model,
+    ttt: TTTSettings,
+    tokens: int,
+    batch: int,
+    *,
+    window_tokens: int | None,
+    dtype: str = "bf16",
+    kv_dtype: str = "bf16",
+) -> Fraction:
+    """The same with fast weights: W_all less the frozen weights that they replace, + B Phi + B min(T, w) kappa."""
+    replaced = len(ttt.layers_of(model)) * model.d_model * model.d_ff * element_bytes(dtype)
+    seen = tokens if window_tokens is None else min(tokens, window_tokens)
+    weights = step_weight_bytes(model, dtype) - replaced + batch * fast_weight_bytes(model, ttt)
+    return weights + batch * seen * kv_bytes_per_token(model, kv_dtype)
+
+
+def official_carry_traffic(model: Model, ttt: TTTSettings, dtype: str = "bf16") -> WriteBytes:
+    """Mean bytes per decoded token that copying the open chunk moves: s (C - 1) d e_a read, s (C + 1) d e_a written."""
+    row = len(ttt.layers_of(model)) * model.d_model * element_bytes(dtype)
+    return WriteBytes((ttt.chunk_tokens - 1) * row, (ttt.chunk_tokens + 1) * row)

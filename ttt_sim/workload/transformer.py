@@ -1,0 +1,215 @@
+"""A decoder-only transformer: the ops of its calls, with room for another MLP in some of its layers.
+
+Operation list F0 to F16 of docs/workloads.md. Frozen weights are shared by the sequences of a batch, so the rows of all
+sequences are one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+import numpy as np
+
+from ttt_sim.data_files import did_you_mean
+from ttt_sim.dtypes import DTYPES, tensor_bytes
+from ttt_sim.errors import ConfigError, WorkloadError
+from ttt_sim.model import Call, KVSettings, Model, Scenario
+from ttt_sim.ops import IntArray, Phase, Role, Trace
+from ttt_sim.workload.attention import check_kv, declare_kv, emit_attention
+from ttt_sim.workload.builder import Read, Run, Segment, TraceBuilder
+
+
+class OtherMlp(Protocol):
+    """What stands in place of the plain MLP in some layers."""
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The layers that have it, ascending."""
+
+    def shape_key(self, call: Call) -> tuple[int, ...]:
+        """Neighbouring calls with equal keys (and equal tokens and logits) emit the same ops."""
+
+    def declare(self, builder: TraceBuilder) -> None:
+        """Declare weights and state."""
+
+    def emit_layer(self, s: Segment) -> Sequence[Read]:
+        """Ops from ``mlp_normed`` on. Returns what the residual add reads, ``batch * tokens`` rows in all."""
+
+    def emit_end(self, s: Segment) -> None:
+        """Ops after the last layer of a call."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """The model as ``batch`` sequences in lockstep run it; ``dtype`` of weights and activations."""
+
+    model: Model
+    kv: KVSettings
+    batch: int
+    dtype: str
+
+    def size(self, *shape: int) -> int:
+        """Bytes of a tensor in the model's format."""
+        elements = 1
+        for length in shape:
+            elements *= length
+        return tensor_bytes(elements, self.dtype)
+
+    def declare(self, builder: TraceBuilder, scenario: Scenario) -> None:
+        """Declare weights and KV state, the trained down projection also where a fast weight stands for it."""
+        model, d, f = self.model, self.model.d_model, self.model.d_ff
+        q_width, kv_width = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+        longest = max(call.tokens for call in scenario.calls)
+        layer_weights = {
+            "attn_norm": (d,), "q_proj": (q_width, d), "k_proj": (kv_width, d), "v_proj": (kv_width, d),
+            "qk_norm": (2, model.head_dim), "o_proj": (d, q_width), "mlp_norm": (d,), "gate_proj": (f, d),
+            "up_proj": (f, d), "down_proj": (d, f),
+        }  # fmt: skip
+        if not model.qk_norm:
+            del layer_weights["qk_norm"]
+        shared = {"embedding": (model.vocab_size, d), "final_norm": (d,), "lm_head": (model.vocab_size, d)}
+        if model.tied_embeddings:
+            del shared["lm_head"]
+        for name, shape in shared.items():
+            builder.declare(f"{name}.weight", shape, self.dtype, Role.WEIGHT, layers=None, initial_version=0)
+        # Cosines and sines by position; not parameters, but held and shared like them.
+        table = (2, scenario.context_tokens, model.head_dim)
+        builder.declare("rope_table", table, self.dtype, Role.WEIGHT, layers=None, initial_version=0)
+        layers = range(model.n_layers)
+        for name, shape in layer_weights.items():
+            builder.declare(f"{name}.weight", shape, self.dtype, Role.WEIGHT, layers=layers, initial_version=0)
+        declare_kv(builder, model, self.kv, scenario)
+        builder.declare_residual((self.batch, longest, d), self.dtype)
+
+    def emit_start(self, s: Segment) -> None:
+        """F0. Token ids are too small to count."""
+        rows, d = self.batch * s.run.tokens, self.model.d_model
+        size = self.size(rows, d)
+        s.op("embedding", reads=[("embedding.weight", size)], writes=[("first", size)], dtype=self.dtype, m=rows, n=d)
+
+    def emit_layer(self, s: Segment, other: OtherMlp | None) -> None:
+        """F1 to F15 of one layer, with the plain MLP or ``other``."""
+        rows, d, f = self.batch * s.run.tokens, self.model.d_model, self.model.d_ff
+        emit_attention(s, self.model, self.kv, self.batch, self.dtype)
+        stream: Read = ("attended", self.size(rows, d))
+        normed = s.buffer("mlp_normed", (self.batch, s.run.tokens, d), self.dtype)
+        s.op(
+            "mlp_norm", reads=[stream, ("mlp_norm.weight", self.size(d))], writes=[normed],
+            dtype=self.dtype, m=rows, n=d,
+        )  # fmt: skip
+        added: Sequence[Read]
+        if other is None:
+            self.emit_hidden(s, s.run.tokens, [normed], Phase.FORWARD)
+            down = s.buffer("mlp_out", (self.batch, s.run.tokens, d), self.dtype)
+            s.op(
+                "down_proj", reads=[("hidden", self.size(rows, f)), ("down_proj.weight", self.size(d, f))],
+                writes=[down], dtype=self.dtype, m=rows, n=d, k=f,
+            )  # fmt: skip
+            added = [down]
+        else:
+            added = other.emit_layer(s)
+        s.op(
+            "mlp_residual", reads=[stream, *added], writes=[("layer_output", self.size(rows, d))],
+            dtype=self.dtype, m=rows, n=d,
+        )  # fmt: skip
+
+    def emit_hidden(self, s: Segment, tokens: int, inputs: Sequence[Read], phase: Phase) -> None:
+        """F11 to F13 on ``tokens`` rows of every sequence, which ``inputs`` hold together; writes ``hidden``."""
+        rows, d, f = self.batch * tokens, self.model.d_model, self.model.d_ff
+        outputs = []
+        for name in ("gate", "up"):
+            out = s.buffer(name, (self.batch, tokens, f), self.dtype)
+            s.op(
+                f"{name}_proj", reads=[*inputs, (f"{name}_proj.weight", self.size(d, f))], writes=[out],
+                dtype=self.dtype, m=rows, n=f, k=d, phase=phase,
+            )  # fmt: skip
+            outputs.append(out)
+        hidden = s.buffer("hidden", (self.batch, tokens, f), self.dtype)
+        s.op("silu_mul", reads=outputs, writes=[hidden], dtype=self.dtype, m=rows, n=f, phase=phase)
+
+    def emit_end(self, s: Segment) -> None:
+        """F16 on the last row of every sequence, if the call returns logits."""
+        if not s.run.logits:
+            return
+        model, d = self.model, self.model.d_model
+        head = "embedding.weight" if model.tied_embeddings else "lm_head.weight"
+        row = s.buffer("final_normed", (self.batch, d), self.dtype)
+        s.op(
+            "final_norm", reads=[("last", self.size(self.batch, d)), ("final_norm.weight", self.size(d))], writes=[row],
+            dtype=self.dtype, m=self.batch, n=d,
+        )  # fmt: skip
+        logits = s.buffer("logits", (self.batch, model.vocab_size), self.dtype)
+        s.op(
+            "lm_head", reads=[row, (head, self.size(model.vocab_size, d))], writes=[logits],
+            dtype=self.dtype, m=self.batch, n=model.vocab_size, k=d,
+        )  # fmt: skip
+
+
+def decoder_trace(
+    decoder: Decoder, scenario: Scenario, *, other: OtherMlp | None = None, meta: Mapping[str, object]
+) -> Trace:
+    """The trace of ``scenario``; layers that ``other`` names have its MLP.
+
+    ``meta`` is kept, with ``batch``, ``dtype`` and ``calls`` ([position, tokens, logits] each) added.
+    Raises :class:`ConfigError` for a dtype or cache that cannot be, :class:`WorkloadError` for a scenario too large to
+    count in 64 bits.
+    """
+    check_kv(decoder.kv)
+    _check_dtype(decoder.dtype)
+    _check_size(decoder.model, scenario)
+    builder = TraceBuilder(decoder.model.n_layers)
+    decoder.declare(builder, scenario)
+    if other is not None:
+        other.declare(builder)
+    special = tuple(other.layers) if other is not None else ()
+    plain = tuple(layer for layer in range(decoder.model.n_layers) if layer not in special)
+    for run in _runs(scenario, other):
+        start, end = Segment(builder, run, ()), Segment(builder, run, ())
+        decoder.emit_start(start)
+        by_layer: dict[int, Segment] = {}
+        for layers, mlp in ((plain, None), (special, other)):
+            if layers:
+                segment = Segment(builder, run, layers)
+                decoder.emit_layer(segment, mlp)
+                by_layer |= dict.fromkeys(layers, segment)
+        decoder.emit_end(end)
+        if other is not None:
+            other.emit_end(end)
+        order = [(by_layer[layer], layer) for layer in range(decoder.model.n_layers)]
+        builder.add_run(run, [(start, -1), *order, (end, -1)])
+    calls = [[call.position, call.tokens, call.logits] for call in scenario.calls]
+    return builder.build({**meta, "batch": scenario.batch, "dtype": scenario.dtype, "calls": calls})
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown{did_you_mean(dtype, DTYPES)}; allowed: {', '.join(DTYPES)}")
+
+
+def _check_size(model: Model, scenario: Scenario) -> None:
+    """Refuse a scenario of which an op would not fit the 64-bit columns of a trace."""
+    longest, context = max(call.tokens for call in scenario.calls), scenario.context_tokens
+    width = max(model.n_heads * model.head_dim, model.d_ff, model.d_model)
+    per_row = 8 * width * max(context, width, model.vocab_size)
+    if scenario.batch * longest * per_row >= 2**63:
+        raise WorkloadError(
+            f"{scenario.batch} sequences, {longest} tokens in a call, {context} in all: an op would have more than "
+            "2^63 operations; make the calls shorter or simulate fewer sequences"
+        )
+
+
+def _runs(scenario: Scenario, other: OtherMlp | None) -> Iterator[Run]:
+    """Cut the calls into runs of alike calls."""
+
+    def key(call: Call) -> tuple[object, ...]:
+        return call.tokens, call.logits, call.position == 0, other.shape_key(call) if other is not None else ()
+
+    step = 0
+    for _, group in groupby(scenario.calls, key):
+        calls = list(group)
+        positions: IntArray = np.array([call.position for call in calls], dtype=np.int64)
+        yield Run(first_step=step, positions=positions, tokens=calls[0].tokens, logits=calls[0].logits)
+        step += len(calls)
