@@ -1,0 +1,104 @@
+"""Lower bounds on time, conservation laws, the critical path. Every simulation is held against them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ttt_sim.chip import Chip
+from ttt_sim.dtypes import DTYPES
+from ttt_sim.errors import ConservationError
+from ttt_sim.lower import Lowered
+from ttt_sim.lower.tiles import flops_per_cycle
+from ttt_sim.lower.traffic import CACHED, FUSED, MAIN, SHARED
+from ttt_sim.ops import OP_KINDS, IntArray, OpClass, Trace
+from ttt_sim.program import READ, WRITE, Program, Timeline
+
+
+def roofline_cycles(trace: Trace, chip: Chip, lowered: Lowered) -> dict[str, float]:
+    """Cycles that each resource needs at its datasheet peak for the bytes that travel and the FLOPs of the trace.
+
+    No schedule can be shorter than the largest of them.
+    """
+    work, main = lowered.work, chip.main_memory
+    read = float(work.main_read_bytes.sum()) / (main.read_bytes_per_s / chip.clock_hz)
+    write = float(work.main_write_bytes.sum()) / (main.write_bytes_per_s / chip.clock_hz)
+    bounds = {main.name: read + write if main.shared_bus else max(read, write)}
+    tiled = np.array([k.op_class in (OpClass.MATMUL, OpClass.ATTENTION) for k in OP_KINDS], dtype=np.bool_)[trace.kind]
+    matrix = 0.0
+    for code in np.unique(trace.dtype[tiled]):
+        flops = int(trace.flops[tiled & (trace.dtype == code)].sum())
+        matrix += flops / flops_per_cycle(chip, chip.unit("matrix"), DTYPES[int(code)], sustained=False)
+    if tiled.any():
+        bounds[chip.unit("matrix").name] = matrix
+    return bounds
+
+
+def busy_cycles(program: Program, timeline: Timeline) -> IntArray:
+    """Cycles in which each unit serves a task, (n_units,)."""
+    busy = np.zeros(program.n_units, dtype=np.int64)
+    np.add.at(busy, program.unit, timeline.finish_cycles - timeline.start_cycles)
+    return busy
+
+
+def check(trace: Trace, chip: Chip, lowered: Lowered, timeline: Timeline) -> None:
+    """Hold a finished simulation against the laws that every schedule obeys.
+
+    Raises:
+        ConservationError: bytes or FLOPs were lost or made between trace and engine, a unit was busy for more than
+            the whole time, a task started before something it needs, or the result beats the roofline.
+    """
+    program, work = lowered.program, lowered.work
+
+    def equal(what: str, have: int, want: int) -> None:
+        if have != want:
+            raise ConservationError(f"{what}: {have} in the program, {want} in the trace (difference {have - want})")
+
+    places = lowered.traffic.read_place
+    skipped = sum(int(trace.read_bytes[places == place].sum()) for place in (CACHED, FUSED, SHARED))
+    units = np.array([name.split(".")[0] == chip.main_memory.name for name in program.unit_names], dtype=np.bool_)
+    on_main = units[program.unit]
+    reads = int(program.nbytes[on_main & (program.kind == READ)].sum())
+    equal("bytes read from main memory", reads, int(trace.read_bytes.sum()) - skipped + int(work.restream_bytes.sum()))
+    writes = int(program.nbytes[on_main & (program.kind == WRITE)].sum())
+    kept = int(trace.write_bytes[lowered.traffic.write_place != MAIN].sum())
+    equal("bytes written to main memory", writes, int(trace.write_bytes.sum()) - kept)
+    equal("FLOPs", int(program.flops.sum()), int(trace.flops.sum()))
+
+    total = timeline.total_cycles
+    busy = busy_cycles(program, timeline)
+    if (busy > total).any():
+        unit = int(np.argmax(busy - total))
+        raise ConservationError(f"unit {program.unit_names[unit]} is busy for {busy[unit]} of {total} cycles")
+    owner = np.repeat(np.arange(program.n_tasks), np.diff(program.dep_ptr))
+    early = timeline.start_cycles[owner] < timeline.finish_cycles[program.dep_idx]
+    if early.any():
+        i = int(np.argmax(early))
+        raise ConservationError(
+            f"task {owner[i]} starts before task {program.dep_idx[i]}, which it needs, has finished"
+        )
+    for name, bound in roofline_cycles(trace, chip, lowered).items():
+        if total < bound * (1 - 1e-12):
+            raise ConservationError(f"{total} cycles beat the roofline bound of {bound:.1f} cycles on {name}")
+
+
+def critical_path(program: Program, timeline: Timeline) -> IntArray:
+    """Ids of the tasks that decide the total, first to last.
+
+    Walking back from the task that finishes last: a task that started when a dependency finished was held up by it,
+    any other by the task before it on its unit.
+    """
+    n = program.n_tasks
+    if not n:
+        return np.zeros(0, dtype=np.int64)
+    start, finish = timeline.start_cycles, timeline.finish_cycles
+    order = np.lexsort((start, program.unit))
+    before = np.full(n, -1, dtype=np.int64)
+    same = program.unit[order][1:] == program.unit[order][:-1]
+    before[order[1:][same]] = order[:-1][same]
+    path = [int(np.argmax(finish))]
+    while start[path[-1]] > 0:
+        task = path[-1]
+        needs = program.dep_idx[program.dep_ptr[task] : program.dep_ptr[task + 1]]
+        held = needs[finish[needs] == start[task]]
+        path.append(int(held[0]) if held.size else int(before[task]))
+    return np.array(path[::-1], dtype=np.int64)

@@ -1,0 +1,189 @@
+"""Many points at once: resolve names to points, run them on all cores, return one frame."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ttt_sim.chip import Chip
+from ttt_sim.config import load_chip
+from ttt_sim.errors import ConfigError
+from ttt_sim.lower import DEFAULT_DETAIL
+from ttt_sim.model import Model, TTTSettings
+from ttt_sim.model_config import load_model, load_ttt
+from ttt_sim.parallel import run_all
+from ttt_sim.simulation import DEFAULT_CALL_TOKENS, PHASES, PhaseName, Point, PointResult, simulate_point
+from ttt_sim.units import parse_tokens
+from ttt_sim.workload import METHODS, find_method
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+T = TypeVar("T")
+
+#: Points handed to a worker at a time: enough to hide the hand-over, few enough to keep workers even.
+BATCH_POINTS = 4
+
+
+def make_point(
+    chip: Chip | str | Path,
+    model: Model | str | Path,
+    method: str,
+    *,
+    phase: PhaseName = "decode",
+    context: int | str = 32768,
+    batch: int = 1,
+    chunk: int | str | None = None,
+    window: int | str | None = None,
+    ttt: TTTSettings | str | Path | None = None,
+    kv_dtype: str | None = None,
+    dtype: str = "bf16",
+    call_tokens: int | str = DEFAULT_CALL_TOKENS,
+    engine: str = "compiled",
+    detail: int = DEFAULT_DETAIL,
+    overlap: bool = True,
+) -> Point:
+    """A point from names or loaded objects. Token counts read as ``131072`` or ``128k``.
+
+    ``chunk`` and ``window`` override the TTT settings and the method's default window.
+
+    Raises:
+        ConfigError: a name is unknown or a value is out of range.
+    """
+    if phase not in PHASES:
+        raise ConfigError(f"phase: {phase!r} is not one of {', '.join(PHASES)}")
+    settings = ttt if isinstance(ttt, TTTSettings) else load_ttt(ttt or "default")
+    if chunk is not None:
+        settings = replace(settings, chunk_tokens=_tokens("chunk", chunk))
+    window_tokens = None if window is None else _tokens("window", window)
+    if batch < 1:
+        raise ConfigError(f"batch: {batch} must be at least 1")
+    return Point(
+        chip=chip if isinstance(chip, Chip) else load_chip(chip),
+        model=model if isinstance(model, Model) else load_model(model),
+        method=find_method(method).settings(window_tokens, kv_dtype, settings),
+        phase=phase,
+        context_tokens=_tokens("context", context),
+        batch=batch,
+        dtype=dtype,
+        chunk_tokens=settings.chunk_tokens,
+        call_tokens=_tokens("call", call_tokens),
+        engine=engine,
+        detail=detail,
+        overlap=overlap,
+    )
+
+
+def _tokens(name: str, value: int | str) -> int:
+    tokens = parse_tokens(value) if isinstance(value, str) else value
+    if tokens < 1:
+        raise ConfigError(f"{name}: {value} must be at least 1 token")
+    return tokens
+
+
+def simulate(
+    chip: Chip | str | Path, model: Model | str | Path = "Qwen3-4B", method: str = "ttt_window", **options: object
+) -> PointResult:
+    """Simulate one point; options as for :func:`make_point`."""
+    return simulate_point(make_point(chip, model, method, **options))  # type: ignore[arg-type]
+
+
+def record_of(point: Point) -> Mapping[str, object]:
+    """The flat record of a point, without the arrays of the full result."""
+    return simulate_point(point).record
+
+
+def sweep(
+    chip: Chip | str | Path = "h100",
+    model: str | Path | Sequence[str | Path] = "Qwen3-4B",
+    method: str | Sequence[str] = tuple(METHODS),
+    *,
+    phase: str | Sequence[str] = PHASES,
+    context: int | str | Sequence[int | str] = 32768,
+    batch: int | Sequence[int] = 1,
+    chunk: int | str | Sequence[int | str] | None = None,
+    window: int | str | Sequence[int | str] | None = None,
+    chip_parameters: Mapping[str, Sequence[str | float | int]] | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+    **options: object,
+) -> pd.DataFrame:
+    """Simulate the full grid of the given values; one row per point.
+
+    ``chip_parameters`` maps dotted paths of the chip file to values, for instance
+    ``{"memories.hbm.read_bandwidth": ["3.35 TB/s", "4.8 TB/s"]}``; each becomes a column of that name. The chip must
+    then be a name or a path. Other options as for :func:`make_point`.
+
+    Raises:
+        ConfigError: a name, a path or a value is wrong; nothing is simulated then.
+    """
+    import pandas as pd
+
+    parameters = dict(chip_parameters or {})
+    if parameters and isinstance(chip, Chip):
+        raise ConfigError("chip_parameters: need a chip name or file, not a chip that is loaded already")
+    points: list[Point] = []
+    columns: list[dict[str, object]] = []
+    for values in product(*parameters.values()):
+        overrides = dict(zip(parameters, values, strict=True))
+        loaded = chip if isinstance(chip, Chip) else load_chip(chip, overrides=overrides)
+        for m, name, p, c, b, chunk_tokens, w in product(
+            _each(model), _each(method), _each(phase), _each(context), _each(batch), _each(chunk), _each(window)
+        ):
+            points.append(
+                make_point(
+                    loaded, m, name, phase=p, context=c, batch=b, chunk=chunk_tokens, window=w,
+                    **options,  # type: ignore[arg-type]
+                )
+            )  # fmt: skip
+            columns.append(dict(overrides))
+    records = run_all(
+        record_of, points, workers=workers, batch=BATCH_POINTS, progress=progress_bar if progress else None
+    )
+    return pd.DataFrame([{**column, **record} for column, record in zip(columns, records, strict=True)])
+
+
+def _each(value: Any) -> Iterator[Any]:
+    """The items of a list or tuple; any other value is the only item."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        yield from value
+    else:
+        yield value
+
+
+def progress_bar(total: int) -> AbstractContextManager[Callable[[], None]]:
+    """Progress on standard error: a bar with the time left on a terminal, a counter in a notebook, else nothing."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return _counter(total) if console.is_jupyter else _bar(total, console)
+
+
+@contextmanager
+def _bar(total: int, console: Console) -> Iterator[Callable[[], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("points", total=total)
+        yield lambda: progress.advance(task)
+
+
+@contextmanager
+def _counter(total: int) -> Iterator[Callable[[], None]]:
+    """Rich draws bars in a notebook only with widgets installed; a line that rewrites itself needs nothing."""
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        print(f"\rsimulated {done} of {total} points", end="", file=sys.stderr, flush=True)
+
+    yield advance
+    print(file=sys.stderr)

@@ -1,0 +1,63 @@
+"""From a trace and a chip to a program: fusion, residency, tiling, cutting into tasks. All rounding happens here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ttt_sim.chip import Chip
+from ttt_sim.errors import ConfigError
+from ttt_sim.lower import tile_wave
+from ttt_sim.lower.emit import emit
+from ttt_sim.lower.kernels import Kernels, form_kernels
+from ttt_sim.lower.traffic import Traffic, resolve_traffic
+from ttt_sim.lower.work import KernelWork
+from ttt_sim.ops import Trace, dependencies
+from ttt_sim.program import Program
+
+#: Tasks per op unless more detail is asked for.
+DEFAULT_DETAIL = 16
+
+Mapper = Callable[[Trace, Chip, Kernels, Traffic], KernelWork]
+
+#: One mapper per execution style of a chip file.
+MAPPERS: Mapping[str, Mapper] = {"tile_wave": tile_wave.map_kernels}
+
+
+def find_mapper(chip: Chip) -> Mapper:
+    """The mapper of the chip's execution style; raises :class:`ConfigError` where there is none."""
+    if chip.execution not in MAPPERS:
+        raise ConfigError(
+            f"{chip.name}: execution style {chip.execution!r} cannot be simulated; "
+            f"styles with a mapper: {', '.join(MAPPERS)}"
+        )
+    return MAPPERS[chip.execution]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Lowered:
+    """A program, and the decisions that led to it."""
+
+    kernels: Kernels
+    traffic: Traffic
+    work: KernelWork
+    program: Program
+
+
+def lower(trace: Trace, chip: Chip, *, detail: int = DEFAULT_DETAIL, overlap: bool = True) -> Lowered:
+    """Lower ``trace`` to ``chip`` with at most ``detail`` tasks per op.
+
+    ``overlap`` False forbids that an update runs beside other work.
+
+    Raises:
+        ConfigError: the chip cannot run the trace (execution style, units or dtypes).
+        CapacityError: a tile or a pinned tensor does not fit on chip.
+    """
+    if detail < DEFAULT_DETAIL:
+        raise ConfigError(f"detail is {detail}, expected at least {DEFAULT_DETAIL}")
+    mapper = find_mapper(chip)
+    kernels = form_kernels(trace, chip, dependencies(trace), overlap=overlap)
+    traffic = resolve_traffic(trace, chip, kernels)
+    work = mapper(trace, chip, kernels, traffic)
+    program = emit(chip, kernels, work, traffic.needs_main, detail=detail)
+    return Lowered(kernels=kernels, traffic=traffic, work=work, program=program)

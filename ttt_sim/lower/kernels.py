@@ -1,0 +1,188 @@
+"""Which ops run together as one kernel, in which stream, and what each kernel must wait for.
+
+A *kernel* is what the chip runs between two synchronisations of a stream: on a GPU a kernel launch, on a dataflow
+machine a configuration. What may merge is a property of the chip (``mapping.fusion``); the tables below say which
+neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from ttt_sim.chip import Chip, Fusion
+from ttt_sim.ops import KIND, OP_KINDS, UPDATE_PHASES, Dependencies, Hazard, IntArray, OpClass, Role, Trace, owners
+
+FORWARD_STREAM, UPDATE_STREAM = 0, 1
+STREAMS: tuple[str, ...] = ("forward", "update")
+
+#: GEMMs that read the same rows and stand next to each other are one GEMM with their columns side by side.
+SIBLINGS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+#: (first, second) neighbours that stream the same rows through vector units and so need one pass over them.
+_ROW_CHAINS: tuple[tuple[str, str], ...] = (
+    ("embedding", "attn_norm"),
+    ("qk_norm", "rope"),
+    ("rope", "kv_append"),
+    ("attn_residual", "mlp_norm"),
+    ("mlp_norm", "carry_append"),
+    ("mlp_residual", "attn_norm"),
+    ("mlp_residual", "final_norm"),
+    ("delta_scale", "weight_write"),
+)
+#: Element-wise ops that a GEMM can apply to its output tile before storing it.
+_EPILOGUES: tuple[tuple[str, str], ...] = (
+    ("up_proj", "silu_mul"),
+    ("o_proj", "attn_residual"),
+    ("down_proj", "mlp_residual"),
+    ("fast_apply", "mlp_residual"),
+    ("delta_gemm", "delta_scale"),
+    ("outer_proj", "delta_scale"),
+)
+#: With an epilogue the tile holds only part of a row, so ops that reduce over rows start a kernel of their own.
+_BROKEN_BY_EPILOGUE: tuple[tuple[str, str], ...] = (
+    ("attn_residual", "mlp_norm"),
+    ("mlp_residual", "attn_norm"),
+    ("mlp_residual", "final_norm"),
+)
+
+
+def _join_table(fusion: Fusion) -> npt.NDArray[np.bool_]:
+    """[kind before, kind] -> may the second join the kernel of the first?"""
+    table = np.zeros((len(OP_KINDS), len(OP_KINDS)), dtype=np.bool_)
+    if fusion == "none":
+        return table
+    if fusion == "layer":
+        table[:] = True
+        table[:, [KIND["attn_norm"], KIND["final_norm"], KIND["delta_norm"], KIND["fast_init"]]] = False
+        table[[KIND["delta_norm"], KIND["fast_init"]], :] = False
+        table[KIND["embedding"], KIND["attn_norm"]] = True
+        table[KIND["weight_write"], KIND["target_conv"]] = table[KIND["delta_write"], KIND["target_conv"]] = False
+        return table
+    for family in SIBLINGS:
+        for first, second in pairwise(family):
+            table[KIND[first], KIND[second]] = True
+    for first, second in _ROW_CHAINS:
+        table[KIND[first], KIND[second]] = True
+    if fusion == "epilogue":
+        for first, second in _EPILOGUES:
+            table[KIND[first], KIND[second]] = True
+        for first, second in _BROKEN_BY_EPILOGUE:
+            table[KIND[first], KIND[second]] = False
+    return table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Kernels:
+    """``n`` kernels in the order of their first ops.
+
+    ``of_op`` (n_ops,) kernel of each op; ``lead`` (n,) its first op; ``stream`` (n,);
+    ``before`` (n,) the kernel before it in its stream, -1 for none;
+    ``edges`` (n_edges, 2) pairs (kernel, earlier kernel it must wait for), unique and sorted.
+    """
+
+    n: int
+    of_op: IntArray
+    lead: IntArray
+    stream: IntArray
+    before: IntArray
+    edges: IntArray
+
+
+def form_kernels(trace: Trace, chip: Chip, dependencies: Dependencies, *, overlap: bool) -> Kernels:
+    """Group the ops of ``trace`` into kernels for ``chip``.
+
+    ``overlap`` False puts updates into the forward stream, in program order: nothing runs beside them. The same
+    happens on a chip whose weights cannot be written while others are read. A chip with a shadow bank writes a new
+    version beside the old one, so write-after-read order does not bind there.
+    """
+    n_ops = trace.n_ops
+    separate = overlap and chip.writability.overlap
+    update = np.isin(trace.phase, [int(phase) for phase in UPDATE_PHASES])
+    stream = np.where(update & separate, UPDATE_STREAM, FORWARD_STREAM).astype(np.int64)
+    waiting = owners(dependencies.ptr)
+    needed = dependencies.idx
+    if chip.writability.shadow_bank:
+        keep = ~((dependencies.hazard == int(Hazard.WAR)) & _writes_fast_weight(trace)[waiting])
+        waiting, needed = waiting[keep], needed[keep]
+
+    starts = _kernel_starts(trace, chip.mapping.fusion, stream, waiting, needed)
+    order = np.argsort(stream, kind="stable")  # by stream, program order inside
+    run_of = np.empty(n_ops, dtype=np.int64)
+    run_of[order] = np.cumsum(starts[order]) - 1
+    first_op = order[starts[order]]  # first op of each run
+    by_first = np.argsort(first_op, kind="stable")
+    rank = np.empty_like(by_first)
+    rank[by_first] = np.arange(by_first.size)
+    of_op = rank[run_of]
+    lead = first_op[by_first]
+    kernel_stream = stream[lead]
+    n = int(lead.size)
+
+    before = np.full(n, -1, dtype=np.int64)
+    for s in range(len(STREAMS)):
+        members = np.flatnonzero(kernel_stream == s)
+        before[members[1:]] = members[:-1]
+
+    pairs = of_op[waiting] * n + of_op[needed]
+    pairs = np.unique(pairs[of_op[waiting] != of_op[needed]])
+    edges = np.stack([pairs // max(n, 1), pairs % max(n, 1)], axis=1)
+    return Kernels(n=n, of_op=of_op, lead=lead, stream=kernel_stream, before=before, edges=edges)
+
+
+def _writes_fast_weight(trace: Trace) -> npt.NDArray[np.bool_]:
+    fast = np.array([tensor.role == Role.FAST_WEIGHT for tensor in trace.tensors], dtype=np.bool_)
+    owner = owners(trace.write_ptr)
+    flags = np.zeros(trace.n_ops, dtype=np.bool_)
+    flags[owner[fast[trace.write_tensor]]] = True
+    return flags
+
+
+def _kernel_starts(
+    trace: Trace, fusion: Fusion, stream: IntArray, waiting: IntArray, needed: IntArray
+) -> npt.NDArray[np.bool_]:
+    """True where an op starts a kernel."""
+    n_ops = trace.n_ops
+    starts = np.ones(n_ops, dtype=np.bool_)
+    table = _join_table(fusion)
+    previous = np.full(n_ops, -1, dtype=np.int64)  # op before it in its stream
+    for s in range(len(STREAMS)):
+        members = np.flatnonzero(stream == s)
+        previous[members[1:]] = members[:-1]
+    has = previous >= 0
+    p = previous[has]
+    joins = table[trace.kind[p], trace.kind[has]] & (trace.step[p] == trace.step[has])
+    joins &= (trace.chunk[p] == trace.chunk[has]) | (trace.chunk[p] < 0) | (trace.chunk[has] < 0)
+    update = [int(phase) for phase in UPDATE_PHASES]
+    joins &= (trace.phase[p] == trace.phase[has]) | (
+        np.isin(trace.phase[p], update) & np.isin(trace.phase[has], update)
+    )
+    if fusion != "layer":  # a GEMM takes in a neighbour only if both cover the same rows
+        matmul = np.array([kind.op_class == OpClass.MATMUL for kind in OP_KINDS], dtype=np.bool_)
+        rows = trace.batch * trace.m
+        joins &= ~matmul[trace.kind[p]] | (rows[p] == rows[has])
+    starts[has] = ~joins
+
+    # A kernel is numbered by its first op, so no member may wait for an op of another stream that comes later than
+    # that.
+    foreign = stream[waiting] != stream[needed]
+    latest = np.full(n_ops, -1, dtype=np.int64)
+    np.maximum.at(latest, waiting[foreign], needed[foreign])
+    for s in range(len(STREAMS)):
+        members = np.flatnonzero(stream == s)
+        if members.size:
+            first = np.maximum.accumulate(np.where(starts[members], members, -1))
+            starts[members] |= latest[members] >= first
+    return starts
+
+
+def sibling_group(kinds: Mapping[str, int] = KIND) -> IntArray:
+    """Group number by op kind: siblings share one, every other kind has its own."""
+    group = np.arange(len(OP_KINDS), dtype=np.int64)
+    for family in SIBLINGS:
+        group[[kinds[name] for name in family]] = kinds[family[0]]
+    return group

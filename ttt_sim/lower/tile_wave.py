@@ -1,0 +1,237 @@
+"""The mapper for chips that run tiled kernels in waves over many cores (GPUs and their like)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ttt_sim.chip import Chip, ComputeUnit, MemoryLevel
+from ttt_sim.dtypes import DTYPE_BITS, DTYPES
+from ttt_sim.errors import ConfigError
+from ttt_sim.lower.kernels import Kernels, sibling_group
+from ttt_sim.lower.tiles import TileWork, attention, flops_per_cycle, gemm
+from ttt_sim.lower.traffic import Traffic, usable_cache_bytes
+from ttt_sim.lower.work import CACHE, LEVELS, MATRIX, READ, SPECIAL, VECTOR, WRITE, KernelWork
+from ttt_sim.ops import OP_KINDS, IntArray, OpClass, Trace, owners
+
+#: Bytes of operands that one core streams per pipeline step of a row-wise kernel.
+STREAM_STEP_BYTES = 16 * 1024
+
+
+def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) -> KernelWork:
+    """Cost of every kernel of ``trace`` on ``chip``.
+
+    Raises:
+        ConfigError: the chip lacks a unit or a dtype that the trace needs.
+        CapacityError: no tile fits a core's scratchpad.
+    """
+    n = kernels.n
+    work = {
+        name: np.zeros(n, dtype=np.int64)
+        for name in (
+            "cache_bytes",
+            "core_bytes",
+            "matrix",
+            "steps",
+            "restream",
+            "items",
+            "waves",
+            "split",
+            "rows",
+            "cols",
+        )
+    }
+    main = chip.main_memory
+    _tiled(trace, chip, kernels, traffic, work)
+
+    # Row-wise ops stream what they exchange with the cache once.
+    op_class = np.array([int(kind.op_class) for kind in OP_KINDS], dtype=np.int64)[trace.kind]
+    rowwise = np.zeros(n, dtype=np.bool_)
+    rowwise[kernels.of_op] = True
+    rowwise[kernels.of_op[op_class <= int(OpClass.ATTENTION)]] = False
+    streamed = np.where(rowwise, traffic.on_chip_bytes, 0)
+    work["cache_bytes"] += streamed
+    work["core_bytes"] += streamed
+    row_steps = -(-traffic.on_chip_bytes // (chip.cores * STREAM_STEP_BYTES))
+    steps = np.maximum(np.where(rowwise, row_steps, work["steps"]), 1)
+
+    lane_ops, special_ops = _lane_ops(trace, kernels, op_class)
+    flops = _per_kernel(kernels, trace.flops)
+    read_bytes = traffic.main_read_bytes + work["restream"]
+    cycles = np.zeros((n, len(LEVELS)), dtype=np.int64)
+    cycles[:, READ] = transfer_cycles(chip, main, read_bytes, write=False)
+    cycles[:, WRITE] = transfer_cycles(chip, main, traffic.main_write_bytes, write=True)
+    if chip.cache is not None and chip.cache is not main:
+        cycles[:, CACHE] = transfer_cycles(chip, chip.cache, work["cache_bytes"], write=False)
+    cycles[:, MATRIX] = work["matrix"]
+    cycles[:, VECTOR], cycles[:, SPECIAL] = _vector_cycles(chip, lane_ops, special_ops)
+
+    launch = np.full(n, chip.cycles(chip.overheads.op_launch_s), dtype=np.int64)
+    if chip.mapping.serial_kernels:  # the first load of a kernel waits for nothing to hide its latency behind
+        launch += np.where(cycles[:, READ] > 0, chip.cycles(main.latency_s), 0)
+    launch[work["split"] > 1] += chip.cycles(chip.overheads.op_launch_s)  # the reduction is a kernel of its own
+    first_of_step = np.r_[True, np.diff(trace.step[kernels.lead]) != 0]
+    launch[first_of_step] += chip.cycles(chip.overheads.call_s)
+
+    return KernelWork(
+        cycles=cycles,
+        steps=steps,
+        main_read_bytes=read_bytes,
+        main_write_bytes=traffic.main_write_bytes,
+        restream_bytes=work["restream"],
+        cache_bytes=work["cache_bytes"],
+        core_bytes=work["core_bytes"],
+        flops=flops,
+        lane_ops=lane_ops,
+        special_ops=special_ops,
+        launch_cycles=launch,
+        row=_rows(trace, kernels),
+        tile_rows=work["rows"],
+        tile_cols=work["cols"],
+        split=work["split"],
+        items=work["items"],
+        waves=work["waves"],
+    )
+
+
+def transfer_cycles(chip: Chip, memory: MemoryLevel, nbytes: IntArray, *, write: bool) -> IntArray:
+    """Cycles in which all channels of ``memory`` together move ``nbytes`` (array), 0 for no bytes.
+
+    Addresses are striped over the channels one interleave unit at a time, so the busiest channel moves
+    ceil(units / channels) of them: a short transfer leaves channels idle.
+    """
+    rate = memory.write_bytes_per_s if write else memory.read_bytes_per_s
+    per_cycle = rate * memory.achievable_frac / chip.clock_hz
+    unit = memory.interleave_bytes * memory.channels
+    rounded = -(-nbytes // memory.interleave_bytes) * memory.interleave_bytes
+    busiest = -(-rounded // unit) * memory.interleave_bytes
+    return np.ceil(busiest / (per_cycle / memory.channels)).astype(np.int64)
+
+
+def _per_kernel(kernels: Kernels, values: IntArray) -> IntArray:
+    out = np.zeros(kernels.n, dtype=np.int64)
+    np.add.at(out, kernels.of_op, values)
+    return out
+
+
+def _tiled(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: dict[str, IntArray]) -> None:
+    """Add the GEMMs and attention cores; neighbouring sibling GEMMs of a kernel are one GEMM."""
+    group = sibling_group()[trace.kind]
+    op_class = np.array([int(kind.op_class) for kind in OP_KINDS], dtype=np.int64)[trace.kind]
+    main_cycles = transfer_cycles(chip, chip.main_memory, traffic.main_read_bytes, write=False)
+    main_cycles += transfer_cycles(chip, chip.main_memory, traffic.main_write_bytes, write=True)
+    matmul = np.flatnonzero(op_class == int(OpClass.MATMUL))
+    if matmul.size:
+        kernel = kernels.of_op[matmul]
+        new = np.r_[True, (np.diff(kernel) != 0) | (np.diff(group[matmul]) != 0) | (np.diff(matmul) != 1)]
+        first = matmul[new]
+        width = np.add.reduceat(trace.n[matmul], np.flatnonzero(new))
+        shapes = np.stack(
+            [trace.m[first], width, trace.k[first], trace.batch[first], trace.dtype[first], main_cycles[kernel[new]]],
+            axis=1,
+        )
+        unique, inverse = np.unique(shapes, axis=0, return_inverse=True)
+        chosen = [
+            gemm(chip, m=int(m), n=int(w), k=int(k), batch=int(b), dtype=DTYPES[int(t)], main_cycles=int(c))
+            for m, w, k, b, t, c in unique
+        ]
+        _add(work, kernels.of_op[first], inverse.reshape(-1), chosen)
+
+    core = np.flatnonzero(op_class == int(OpClass.ATTENTION))
+    if core.size:
+        usable = usable_cache_bytes(trace, chip)
+        kv_bytes = _kv_bytes(trace)[core]
+        columns = (
+            trace.batch,
+            trace.m,
+            trace.n,
+            trace.k,
+            trace.heads,
+            trace.kv_heads,
+            trace.position,
+            trace.pairs,
+            trace.dtype,
+        )
+        shapes = np.stack([*(column[core] for column in columns), kv_bytes], axis=1)
+        unique, inverse = np.unique(shapes, axis=0, return_inverse=True)
+        streams = [
+            attention(
+                chip, batch=int(b), m=int(m), n=int(n), head_dim=int(d), heads=int(h), kv_heads=int(g), position=int(p),
+                pairs=int(pairs), dtype=DTYPES[int(t)], kv_bytes=int(kv), usable_cache_bytes=usable,
+            )
+            for b, m, n, d, h, g, p, pairs, t, kv in unique
+        ]  # fmt: skip
+        inverse = inverse.reshape(-1)
+        _add(work, kernels.of_op[core], inverse, streams)
+        passes = np.array([stream.kv_passes for stream in streams], dtype=np.int64)[inverse]
+        np.add.at(work["restream"], kernels.of_op[core], (passes - 1) * kv_bytes)
+
+
+def _add(work: dict[str, IntArray], kernel: IntArray, shape: IntArray, chosen: Sequence[TileWork]) -> None:
+    """Add the work of each tiled op (``chosen[shape]``) to its kernel; the largest op of a kernel names its tile."""
+    for column, values in (
+        ("cache_bytes", [t.cache_bytes for t in chosen]),
+        ("core_bytes", [t.core_bytes for t in chosen]),
+        ("matrix", [t.matrix_cycles for t in chosen]),
+        ("steps", [t.steps for t in chosen]),
+    ):
+        np.add.at(work[column], kernel, np.array(values, dtype=np.int64)[shape])
+    largest = np.argsort(np.array([t.matrix_cycles for t in chosen], dtype=np.int64)[shape], kind="stable")
+    for column, values in (
+        ("items", [t.items for t in chosen]),
+        ("waves", [t.waves for t in chosen]),
+        ("split", [t.split for t in chosen]),
+        ("rows", [t.tile[0] for t in chosen]),
+        ("cols", [t.tile[1] for t in chosen]),
+    ):
+        work[column][kernel[largest]] = np.array(values, dtype=np.int64)[shape[largest]]
+
+
+def _kv_bytes(trace: Trace) -> IntArray:
+    """Bytes of keys and values that each attention core reads, from a cache or as fresh rows: all but its queries."""
+    owner = owners(trace.read_ptr)
+    out = np.zeros(trace.n_ops, dtype=np.int64)
+    np.add.at(out, owner, trace.read_bytes)
+    bits = np.array([DTYPE_BITS[dtype] for dtype in DTYPES], dtype=np.int64)[trace.dtype]
+    queries = -(-trace.batch * trace.heads * trace.m * trace.k * bits // 8)
+    return np.maximum(out - queries, 0)
+
+
+def _lane_ops(trace: Trace, kernels: Kernels, op_class: IntArray) -> tuple[IntArray, IntArray]:
+    """(ordinary lane operations, special-function operations) per kernel; FLOPs of row-wise ops run on lanes too."""
+    special = trace.exp_ops + trace.rsqrt_ops + trace.div_ops
+    lanes = trace.vector_ops - special + np.where(op_class == int(OpClass.VECTOR), trace.flops, 0)
+    return _per_kernel(kernels, lanes), _per_kernel(kernels, special)
+
+
+def _lane_rate(chip: Chip, unit: ComputeUnit) -> float:
+    """Lane operations per cycle; element-wise work is done in fp32 whatever the operands' dtype."""
+    dtype = "fp32" if "fp32" in unit.peak_per_s else next(iter(unit.peak_per_s))
+    return flops_per_cycle(chip, unit, dtype)
+
+
+def _vector_cycles(chip: Chip, lane_ops: IntArray, special_ops: IntArray) -> tuple[IntArray, IntArray]:
+    """Cycles on the vector and special-function units; without the latter, transcendentals take vector lanes."""
+    if not chip.has_unit("vector"):
+        if (lane_ops + special_ops).any():
+            raise ConfigError(f"{chip.name}: the workload needs a vector unit and the chip has none")
+        return lane_ops, special_ops
+    rate = _lane_rate(chip, chip.unit("vector"))
+    if not chip.has_unit("special"):
+        return _ceil(lane_ops + special_ops, rate), np.zeros_like(special_ops)
+    return _ceil(lane_ops, rate), _ceil(special_ops, _lane_rate(chip, chip.unit("special")))
+
+
+def _ceil(work: IntArray, rate: float) -> IntArray:
+    return np.ceil(work / rate).astype(np.int64)
+
+
+def _rows(trace: Trace, kernels: Kernels) -> IntArray:
+    """The tensor that a kernel reads most of stands for the DRAM row it has open."""
+    kernel = kernels.of_op[owners(trace.read_ptr)]
+    order = np.lexsort((trace.read_bytes, kernel))
+    rows: npt.NDArray[np.int64] = np.zeros(kernels.n, dtype=np.int64)
+    rows[kernel[order]] = trace.read_tensor[order]
+    return rows

@@ -1,0 +1,239 @@
+"""How one GEMM or one attention core is cut into tiles on a tile-and-wave chip. Scalars only.
+
+Every choice is made by comparing the tile menu of the chip file on the same estimate; nothing is tabulated by shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ttt_sim.chip import Chip, ComputeUnit
+from ttt_sim.dtypes import DTYPE_BITS
+from ttt_sim.errors import CapacityError, ConfigError, WorkloadError
+from ttt_sim.units import ceil_div, format_bytes
+
+#: One step of a tile loads this many bytes along the reduction for each of its rows and columns: one line of a swizzled
+#: scratchpad on current tensor-core GPUs. Deeper reductions take several steps.
+STEP_BYTES = 128
+#: Stages of operands that a tile keeps in its core's scratchpad: one being used, one being filled.
+STAGES = 2
+#: Bytes of an accumulator element (fp32), for partial sums of a split reduction.
+ACCUMULATOR_BYTES = 4
+#: Query rows and keys of an attention tile; rows of the query heads that share a KV head are packed together.
+ATTENTION_ROWS = (64, 128)
+ATTENTION_KEYS = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileWork:
+    """What one tiled op costs. ``cache_bytes`` move between the shared cache and the cores.
+
+    ``tile`` (rows, columns); ``split`` parts of the reduction; ``items`` tiles x splits x batch; ``waves`` rounds
+    over the cores, rounded up; ``steps`` pipeline steps that the whole op takes on the chip; ``matrix_cycles`` of the
+    matrix units together, padding and idle cores included; ``core_bytes`` move inside the cores' scratchpads.
+    """
+
+    tile: tuple[int, int]
+    split: int
+    items: int
+    waves: int
+    steps: int
+    matrix_cycles: int
+    cache_bytes: int
+    core_bytes: int
+
+
+def ceil_float(value: float) -> int:
+    """The smallest integer that is not below ``value``."""
+    whole = int(value)
+    return whole if whole == value else whole + 1
+
+
+def flops_per_cycle(chip: Chip, unit: ComputeUnit, dtype: str, *, sustained: bool = True) -> float:
+    """Chip-wide FLOPs (or lane operations) per cycle of ``unit`` for operands of ``dtype``.
+
+    Raises:
+        ConfigError: the unit has no peak for this dtype.
+    """
+    if dtype not in unit.peak_per_s:
+        known = ", ".join(sorted(unit.peak_per_s))
+        raise ConfigError(f"{chip.name}: unit {unit.name} has no peak for dtype {dtype}; the chip file lists {known}")
+    share = unit.efficiency.get(dtype, 1.0) if sustained else 1.0
+    return unit.peak_per_s[dtype] * share / chip.clock_hz
+
+
+def gemm(chip: Chip, *, m: int, n: int, k: int, batch: int, dtype: str, main_cycles: int) -> TileWork:
+    """Cut ``batch`` products C[m,n] = A[m,k] B[k,n]; ``main_cycles`` is what their main-memory traffic takes.
+
+    Chosen: the smallest estimate max(matrix units, shared cache, main memory) over the menu and over splits of the
+    reduction by powers of two. Of equal estimates, the one with least time on matrix units and cache, then the larger
+    tile, then the smaller split.
+
+    Raises:
+        CapacityError: not even the smallest tile fits the scratchpad of a core twice.
+    """
+    unit = chip.unit("matrix")
+    element_bits = DTYPE_BITS[dtype]
+    rate = flops_per_cycle(chip, unit, dtype) / chip.cores
+    step_depth = max(unit.depth, STEP_BYTES * 8 // element_bits)
+    core = chip.core_memory
+    core_rate = core.read_bytes_per_s / chip.clock_hz / chip.cores if core else 0.0
+    cache_rate = chip.cache.read_bytes_per_s / chip.clock_hz if chip.cache else 0.0
+    depth_steps = ceil_div(k, step_depth)
+
+    best: tuple[tuple[int, int, int, int], TileWork] | None = None
+    for rows, cols in unit.tiles or ((unit.rows, unit.cols),):
+        step_bytes = ceil_div((rows + cols) * step_depth * element_bits, 8)
+        if core is not None and STAGES * step_bytes > core.capacity_bytes:
+            continue
+        multiply = 2 * rows * cols * step_depth / rate
+        step_cycles = ceil_float(max(multiply, step_bytes / core_rate if core_rate else 0.0))
+        tiles = ceil_div(m, rows) * ceil_div(n, cols) * batch
+        operand_bytes = _operand_bytes(chip, m, n, k, rows, cols, batch, element_bits)
+        split = 1
+        while split <= chip.mapping.max_split_k and (split == 1 or depth_steps >= 2 * split):
+            steps_each = ceil_div(depth_steps, split)
+            out_bytes = rows * cols * (ACCUMULATOR_BYTES if split > 1 else ceil_div(element_bits, 8))
+            drain = ceil_float(out_bytes / core_rate) if core_rate else 0
+            tile_cycles = unit.startup_cycles + steps_each * step_cycles + drain
+            items = tiles * split
+            waves = ceil_div(items, chip.cores)
+            if chip.mapping.persistent:
+                matrix_cycles = max(tile_cycles, ceil_div(items * tile_cycles, chip.cores))
+            else:
+                matrix_cycles = waves * tile_cycles
+            cache_bytes = operand_bytes + ceil_div(batch * m * n * element_bits, 8)
+            if split > 1:  # partial sums are written, then read by the reduction
+                cache_bytes += 2 * split * batch * m * n * ACCUMULATOR_BYTES
+            cache_cycles = ceil_float(cache_bytes / cache_rate) if cache_rate else 0
+            reduction = chip.cycles(chip.overheads.op_launch_s) if split > 1 else 0
+            estimate = max(matrix_cycles, cache_cycles, main_cycles) + reduction
+            key = (estimate, max(matrix_cycles, cache_cycles), -rows * cols, split)
+            if best is None or key < best[0]:
+                work = TileWork(
+                    tile=(rows, cols),
+                    split=split,
+                    items=items,
+                    waves=waves,
+                    steps=max(1, waves * steps_each),
+                    matrix_cycles=matrix_cycles,
+                    cache_bytes=cache_bytes,
+                    core_bytes=2 * items * steps_each * step_bytes,
+                )
+                best = (key, work)
+            split *= 2
+    if best is None:
+        raise CapacityError(
+            f"{chip.name}: no tile of unit {unit.name} fits the scratchpad of a core "
+            f"({format_bytes(core.capacity_bytes) if core else 'none'}) {STAGES} times"
+        )
+    return best[1]
+
+
+def _operand_bytes(chip: Chip, m: int, n: int, k: int, rows: int, cols: int, batch: int, element_bits: int) -> int:
+    """Bytes that all tiles load: A once per column of tiles, B once per row; nothing beyond the matrix's edge.
+
+    ``multicast`` neighbouring cores share one operand, along whichever side saves more.
+    """
+    down, across = ceil_div(m, rows), ceil_div(n, cols)
+    share = chip.mapping.multicast
+    elements = min(
+        m * k * ceil_div(across, share) + n * k * down,
+        m * k * across + n * k * ceil_div(down, share),
+    )
+    return ceil_div(batch * elements * element_bits, 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionWork(TileWork):
+    """``padded_pairs``: query-key pairs that the tiles visit, all heads and sequences, masked corners included.
+
+    ``kv_passes``: how often the keys and values of one head stream from main memory.
+    """
+
+    padded_pairs: int
+    kv_passes: int
+
+
+def attention(
+    chip: Chip, *, batch: int, m: int, n: int, head_dim: int, heads: int, kv_heads: int, position: int, pairs: int,
+    dtype: str, kv_bytes: int, usable_cache_bytes: int,
+) -> AttentionWork:  # fmt: skip
+    """Cut flash attention of ``m`` query rows over ``n`` keys for each of ``batch`` sequences.
+
+    A tile holds rows of all query heads that share one KV head, visits key blocks up to its own last row (causal), or
+    only those inside the window, and never stores scores. With fewer tiles than cores the keys are split over cores
+    and the parts combined. ``kv_bytes`` is what one pass over keys and values of all sequences moves; ``position``
+    and ``pairs`` (per sequence) tell the window.
+    """
+    unit = chip.unit("matrix")
+    group = heads // kv_heads
+    tile_rows = ATTENTION_ROWS[0] if group * m <= ATTENTION_ROWS[0] else ATTENTION_ROWS[-1]
+    tiles = ceil_div(group * m, tile_rows)  # per sequence and KV head
+    last_row = np.minimum(np.arange(1, tiles + 1, dtype=np.int64) * tile_rows, group * m)
+    last_query = (last_row - 1) // group
+    first_query = (np.arange(tiles, dtype=np.int64) * tile_rows) // group
+    end = n - m + last_query + 1  # keys visible to the tile's last row
+    window = window_of(position=position, m=m, n=n, pairs=pairs)
+    start = np.maximum(n - m + first_query - window + 1, 0)
+    blocks = (end + ATTENTION_KEYS - 1) // ATTENTION_KEYS - start // ATTENTION_KEYS
+    block_total = int(blocks.sum()) * batch * kv_heads
+    items = tiles * batch * kv_heads
+    split = min(ceil_div(chip.cores, items), int(blocks.max())) if items < chip.cores else 1
+    padded_pairs = block_total * tile_rows * ATTENTION_KEYS
+
+    rate = flops_per_cycle(chip, unit, dtype, sustained=False)
+    rate *= min(unit.efficiency.get(dtype, 1.0), chip.mapping.attention_efficiency)
+    work_cycles = ceil_float(4 * head_dim * padded_pairs / rate)
+    longest = ceil_div(int(blocks.max()), split)
+    block_cycles = ceil_float(4 * head_dim * tile_rows * ATTENTION_KEYS * chip.cores / rate)
+    waves = ceil_div(items * split, chip.cores)
+    floor = longest * block_cycles * (1 if chip.mapping.persistent else waves)
+    element_bits = DTYPE_BITS[dtype]
+    rows_bytes = ceil_div(batch * heads * m * head_dim * element_bits, 8)
+    kv_row_bytes = ceil_div(kv_bytes, max(1, batch * kv_heads * n))
+    streamed = block_total * ATTENTION_KEYS * kv_row_bytes
+    combine = 2 * split * batch * heads * m * (head_dim + 2) * ACCUMULATOR_BYTES if split > 1 else 0
+    head_bytes = ceil_div(kv_bytes, batch * kv_heads)
+    fits = head_bytes * min(batch * kv_heads, ceil_div(chip.cores, tiles)) <= usable_cache_bytes
+    return AttentionWork(
+        tile=(tile_rows, ATTENTION_KEYS),
+        split=split,
+        items=items * split,
+        waves=waves,
+        steps=max(1, ceil_div(block_total, chip.cores)),
+        matrix_cycles=max(work_cycles, floor),
+        cache_bytes=2 * rows_bytes + streamed + combine,
+        core_bytes=2 * (2 * rows_bytes + streamed),
+        padded_pairs=padded_pairs,
+        kv_passes=1 if fits else ceil_div(tiles, chip.cores),
+    )
+
+
+def window_of(*, position: int, m: int, n: int, pairs: int) -> int:
+    """The sliding window that gives ``pairs`` visible query-key pairs to ``m`` rows after ``position`` rows.
+
+    ``pairs`` = sum over i = 1..m of min(window, position + i), which grows with the window, so it can be searched.
+
+    Raises:
+        WorkloadError: no window gives that many pairs.
+    """
+
+    def pairs_of(window: int) -> int:
+        short = min(max(window - position, 0), m)  # rows that see fewer keys than the window
+        return short * position + short * (short + 1) // 2 + (m - short) * window
+
+    low, high = 1, position + m
+    while low < high:
+        middle = (low + high) // 2
+        if pairs_of(middle) < pairs:
+            low = middle + 1
+        else:
+            high = middle
+    if pairs_of(low) != pairs or n != min(position + m, low - 1 + m):
+        raise WorkloadError(
+            f"attention of {m} rows after {position} over {n} keys cannot have {pairs} visible pairs per sequence"
+        )
+    return low

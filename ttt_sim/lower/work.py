@@ -1,0 +1,42 @@
+"""What each kernel costs on each level of the chip, in integer cycles and bytes, before it is cut into tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ttt_sim.ops import IntArray
+
+#: Levels of a kernel in the order in which data passes them; the task chain of one pipeline step.
+LEVELS: tuple[str, ...] = ("read", "cache", "matrix", "vector", "special", "write")
+READ, CACHE, MATRIX, VECTOR, SPECIAL, WRITE = range(len(LEVELS))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class KernelWork:
+    """Columns of length ``n_kernels``.
+
+    ``cycles`` (n_kernels, 6) service per level, 0 where the level is not used; ``steps`` pipeline steps that the kernel
+    takes (the head and the tail of the pipeline last one each); ``main_read_bytes, main_write_bytes`` with
+    re-streaming; ``restream_bytes`` of the reads, beyond one pass; ``cache_bytes`` through the shared cache;
+    ``core_bytes`` inside scratchpads; ``flops``; ``lane_ops`` without the special ones; ``special_ops``;
+    ``launch_cycles`` before the kernel; ``row`` DRAM row that stands for its operands;
+    ``tile_rows, tile_cols, split, items, waves`` of its largest tiled op, 0 without one.
+    """
+
+    cycles: IntArray
+    steps: IntArray
+    main_read_bytes: IntArray
+    main_write_bytes: IntArray
+    restream_bytes: IntArray
+    cache_bytes: IntArray
+    core_bytes: IntArray
+    flops: IntArray
+    lane_ops: IntArray
+    special_ops: IntArray
+    launch_cycles: IntArray
+    row: IntArray
+    tile_rows: IntArray
+    tile_cols: IntArray
+    split: IntArray
+    items: IntArray
+    waves: IntArray

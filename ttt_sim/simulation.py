@@ -1,0 +1,335 @@
+"""One trace on one chip, and one *point*: a model, a method and a phase at one context length, as a flat record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from ttt_sim.bounds import check
+from ttt_sim.chip import Chip
+from ttt_sim.engine import run
+from ttt_sim.errors import CapacityError, ConservationError, WorkloadError
+from ttt_sim.lower import DEFAULT_DETAIL, find_mapper, lower
+from ttt_sim.model import MethodSettings, Model, Scenario
+from ttt_sim.ops import IntArray, Role, Trace
+from ttt_sim.results import FloatArray, Result
+from ttt_sim.units import ceil_div, format_bytes
+from ttt_sim.workload import build_trace, state_per_sequence
+from ttt_sim.workload.fast_state import CONV_TAPS
+
+PhaseName = Literal["prefill", "decode"]
+PHASES: tuple[PhaseName, ...] = ("prefill", "decode")
+
+#: New tokens per sequence in one prefill call. Serving engines cut long prompts into calls of this order so that
+#: activations stay small; it is a multiple of the usual chunk sizes.
+DEFAULT_CALL_TOKENS = 8192
+
+
+def simulate_trace(
+    chip: Chip,
+    trace: Trace,
+    *,
+    engine: str = "compiled",
+    detail: int = DEFAULT_DETAIL,
+    overlap: bool = True,
+    compare_engines: bool = False,
+) -> Result:
+    """Lower ``trace`` to ``chip``, run it, hold it against the conservation laws.
+
+    ``compare_engines`` runs the other engine too and demands the same cycles for every task.
+
+    Raises:
+        ConfigError, CapacityError: the chip cannot run the trace.
+        ConservationError: the simulation broke a law, or the engines differ.
+    """
+    lowered = lower(trace, chip, detail=detail, overlap=overlap)
+    timeline = run(lowered.program, engine)
+    if compare_engines:
+        other = "simpy" if engine == "compiled" else "compiled"
+        again = run(lowered.program, other)
+        differ = (timeline.start_cycles != again.start_cycles) | (timeline.finish_cycles != again.finish_cycles)
+        if differ.any():
+            task = int(np.argmax(differ))
+            raise ConservationError(
+                f"engines differ at task {task}: {engine} starts it at {timeline.start_cycles[task]}, "
+                f"{other} at {again.start_cycles[task]}"
+            )
+    check(trace, chip, lowered, timeline)
+    return Result(chip=chip, trace=trace, lowered=lowered, timeline=timeline)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """What to simulate. ``context_tokens``: prompt length (prefill), or tokens already held by the sequence (decode).
+
+    Decode stands for the next ``chunk_tokens`` tokens, of which a few steps are simulated; see :func:`decode_plan`.
+    """
+
+    chip: Chip
+    model: Model
+    method: MethodSettings
+    phase: PhaseName
+    context_tokens: int
+    batch: int = 1
+    dtype: str = "bf16"
+    chunk_tokens: int = 1024
+    call_tokens: int = DEFAULT_CALL_TOKENS
+    engine: str = "compiled"
+    detail: int = DEFAULT_DETAIL
+    overlap: bool = True
+    compare_engines: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePlan:
+    """Decode steps to simulate and how often each stands for a step of the span.
+
+    The span is ``span_tokens`` consecutive steps. A step costs an affine function of its position between breakpoints
+    (the cache and the carry grow by one row a step), so the two ends of a run of steps stand for half of it each. The
+    step that completes a chunk and the one after it, which the update may hold up, stand for themselves.
+
+    Steps of weight 0 are simulated for their neighbours: the step before the span fills the caches, the step after it
+    overwrites what else would have to leave them, and the two steps after a chunk tell how long the update holds up
+    the first of them.
+    ``twice_weights`` are integers: twice the number of steps that a step stands for.
+    """
+
+    positions: tuple[int, ...]
+    twice_weights: tuple[int, ...]
+    span_tokens: int
+    boundary: int | None  # index of the step that completes a chunk
+
+
+def decode_plan(
+    context_tokens: int,
+    *,
+    span_tokens: int,
+    chunk_tokens: int | None,
+    window_tokens: int | None,
+    uneven_tokens: int = 1,
+) -> DecodePlan:
+    """Steps for decoding ``span_tokens`` tokens after ``context_tokens``.
+
+    ``chunk_tokens`` None: no chunk boundary matters. ``window_tokens``: where a window fills up, growth stops.
+    ``uneven_tokens``: steps at the start of a chunk that stand for themselves.
+    """
+    first, end = context_tokens, context_tokens + span_tokens
+    weights: dict[int, int] = {}
+
+    def add(position: int, twice: int) -> None:
+        weights[position] = weights.get(position, 0) + twice
+
+    cuts = {first, end}
+    boundaries: list[int] = []
+    if chunk_tokens is not None:
+        completing = [p for p in range(first - 1, end) if (p + 1) % chunk_tokens == 0]
+        boundaries = [p for p in completing if p >= first]
+        alone = {p + i for p in completing for i in range(uneven_tokens + 1)}
+        cuts |= {p for step in alone for p in (step, step + 1) if first < p < end}
+    if window_tokens is not None and first < window_tokens - 1 < end:
+        cuts.add(window_tokens - 1)
+    for begin, stop in pairwise(sorted(cuts)):
+        add(begin, stop - begin)
+        add(stop - 1, stop - begin)
+    beside = {p for p in (first - 1, end) if p >= 0} | {p + i for p in boundaries for i in (1, 2)}
+    for p in beside:
+        add(p, 0)
+    positions = tuple(sorted(weights))
+    return DecodePlan(
+        positions=positions,
+        twice_weights=tuple(weights[p] for p in positions),
+        span_tokens=span_tokens,
+        boundary=positions.index(boundaries[0]) if boundaries else None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointResult:
+    """A point's flat record, the cycles by kernel label, and the full result (None when the point does not fit).
+
+    ``step_weights`` (n_steps,): what each simulated step counts for in the record; decode steps stand for a whole span.
+    """
+
+    point: Point
+    record: Mapping[str, object]
+    cycles_by_kernel: Mapping[str, float] = field(default_factory=dict)
+    step_weights: FloatArray = field(default_factory=lambda: np.zeros(0))
+    result: Result | None = None
+
+    def mean_cycles(self, result: Result) -> float:
+        """Cycles of the whole prefill, or of the mean decode step, in a simulation of this point's trace."""
+        if self.point.phase == "prefill":
+            return float(result.cycles)
+        return float((np.diff(result.step_finish_cycles(), prepend=0) * self.step_weights).sum())
+
+
+def _scenario(point: Point) -> tuple[Scenario, DecodePlan | None]:
+    """The calls that a point simulates, and for decode what each stands for."""
+    if point.phase == "prefill":
+        scenario = Scenario.prefill(
+            point.context_tokens, batch=point.batch, dtype=point.dtype, call_tokens=point.call_tokens
+        )
+        return scenario, None
+    if point.phase != "decode":
+        raise WorkloadError(f"phase is {point.phase!r}, expected one of {', '.join(PHASES)}")
+    ttt = point.method.ttt
+    plan = decode_plan(
+        point.context_tokens,
+        span_tokens=point.chunk_tokens if ttt is None else ttt.chunk_tokens,
+        chunk_tokens=None if ttt is None else ttt.chunk_tokens,
+        window_tokens=point.method.kv.window_tokens,
+        uneven_tokens=CONV_TAPS - 1 if ttt is not None and ttt.carry == "online" else 1,
+    )
+    return Scenario.decode(plan.positions, batch=point.batch, dtype=point.dtype), plan
+
+
+def simulate_point(point: Point) -> PointResult:
+    """Simulate one point. A point that does not fit is a record with ``fits`` False, not an error."""
+    find_mapper(point.chip)  # before anything is found not to fit
+    scenario, plan = _scenario(point)
+    trace = build_trace(point.model, point.method, scenario)
+    record = _identity(point)
+    capacity = point.chip.main_memory.capacity_bytes
+    temporary = (Role.ACTIVATION, Role.GRADIENT)
+    persistent = sum(tensor.nbytes for tensor in trace.tensors if tensor.role not in temporary)
+    if persistent > capacity:
+        return PointResult(point=point, record=_does_not_fit(record, persistent, capacity, "weights and state"))
+    try:
+        result = simulate_trace(
+            point.chip, trace, engine=point.engine, detail=point.detail, overlap=point.overlap,
+            compare_engines=point.compare_engines,
+        )  # fmt: skip
+    except CapacityError as error:
+        return PointResult(point=point, record=_does_not_fit(record, persistent, capacity, str(error)))
+    peak = result.peak_memory_bytes()
+    if peak > capacity:
+        return PointResult(point=point, record=_does_not_fit(record, peak, capacity, "weights, state and activations"))
+
+    steps = int(trace.step.max()) + 1
+    if plan is None:
+        twice = np.full(steps, 2, dtype=np.int64)
+        tokens, span = point.batch * point.context_tokens, 1
+        twice_cycles = 2 * result.cycles
+    else:
+        twice = np.array(plan.twice_weights, dtype=np.int64)
+        tokens, span = point.batch, plan.span_tokens
+        step_cycles = np.diff(result.step_finish_cycles(), prepend=0)
+        twice_cycles = int((twice * step_cycles).sum())
+        if plan.boundary is not None:
+            b = plan.boundary
+            boundary = int(step_cycles[b] + max(step_cycles[b + 1] - step_cycles[b + 2], 0))
+            ordinary = (twice_cycles / 2 - boundary) / max(span - 1, 1)
+            record |= {
+                "boundary_step_seconds": boundary / point.chip.clock_hz,
+                "ordinary_step_seconds": ordinary / point.chip.clock_hz,
+            }
+    # Totals over the span, then per call (prefill) or per step (decode).
+    cycles = ceil_div(twice_cycles, 2 * span)
+    seconds = twice_cycles / (2 * span) / point.chip.clock_hz
+    record |= {"fits": True, "cycles": cycles, "seconds": seconds, "tokens": tokens}
+    record |= {"seconds_per_token": seconds / tokens, "tokens_per_s": tokens / seconds}
+    record |= _weighted(result, twice, span, tokens)
+    energy = {name: _mean(values, twice, span) for name, values in result.dynamic_energy_j().items()}
+    idle = point.chip.power.idle_w * seconds
+    total_energy = sum(energy.values()) + idle
+    record |= {
+        "peak_memory_bytes": peak,
+        "energy_j": total_energy,
+        "energy_j_per_token": total_energy / tokens,
+        "idle_energy_j": idle,
+        **{f"energy_{name}_j": value for name, value in energy.items()},
+        "average_power_w": total_energy / seconds,
+    }
+    price = point.chip.price.per_hour_usd
+    record["cost_usd_per_million_tokens"] = None if price is None else price / 3600 * seconds / tokens * 1e6
+    by_kernel = _cycles_by_kernel(result, twice, span)
+    record |= _bound(result, twice)
+    record |= {"n_ops": trace.n_ops, "n_kernels": result.lowered.kernels.n, "n_tasks": result.lowered.program.n_tasks}
+    return PointResult(
+        point=point, record=record, cycles_by_kernel=by_kernel, step_weights=twice / (2 * span), result=result
+    )
+
+
+def _identity(point: Point) -> dict[str, object]:
+    """Fields that say what was simulated, and the state that it keeps per sequence."""
+    ttt = point.method.ttt
+    state = state_per_sequence(point.model, point.method, point.context_tokens, dtype=point.dtype)
+    return {
+        "chip": point.chip.name,
+        "variant": point.chip.variant,
+        "model": point.model.name,
+        "method": point.method.name,
+        "phase": point.phase,
+        "context_tokens": point.context_tokens,
+        "batch": point.batch,
+        "dtype": point.dtype,
+        "kv_dtype": point.method.kv.dtype,
+        "chunk_tokens": None if ttt is None else ttt.chunk_tokens,
+        "window_tokens": point.method.kv.window_tokens,
+        "call_tokens": point.call_tokens if point.phase == "prefill" else 1,
+        "engine": point.engine,
+        "overlap": point.overlap,
+        "state_bytes_per_sequence": state.total_bytes,
+        "state_kv_bytes": state.kv_bytes,
+        "state_fast_weight_bytes": state.fast_weight_bytes,
+        "state_carry_bytes": state.carry_bytes,
+        "fits": False,
+        "reason": "",
+        "bytes_needed": None,
+        "chips_needed": 1,
+        "cycles": None,
+        "seconds": None,
+    }
+
+
+def _does_not_fit(record: dict[str, object], needed: int, capacity: int, what: str) -> dict[str, object]:
+    return record | {
+        "fits": False,
+        "reason": f"{what} need {format_bytes(needed)} of {format_bytes(capacity)}" if needed > capacity else what,
+        "bytes_needed": needed,
+        "chips_needed": max(ceil_div(needed, capacity), 1),
+    }
+
+
+def _mean(values: FloatArray, twice: IntArray, span: int) -> float:
+    return float((values * twice).sum()) / (2 * span)
+
+
+def _weighted(result: Result, twice: IntArray, span: int, tokens: int) -> dict[str, object]:
+    """Bytes and operations of the mean step."""
+    trace = result.trace
+    out: dict[str, object] = {}
+    for column in ("flops", "vector_ops"):
+        per_step = np.zeros(twice.size, dtype=np.int64)
+        np.add.at(per_step, trace.step, getattr(trace, column))
+        out[column] = _mean(per_step.astype(np.float64), twice, span)
+    totals = {"read": 0.0, "write": 0.0}
+    for (direction, name), per_step in result.main_bytes().items():
+        value = _mean(per_step.astype(np.float64), twice, span)
+        out[f"{direction}_{name}_bytes"] = value
+        totals[direction] += value
+    out["main_read_bytes"], out["main_write_bytes"] = totals["read"], totals["write"]
+    out["main_bytes_per_token"] = (totals["read"] + totals["write"]) / tokens
+    return out
+
+
+def _cycles_by_kernel(result: Result, twice: IntArray, span: int) -> dict[str, float]:
+    """Cycles of the mean step by kernel label; they add up to the step."""
+    index, names = result.label_index()
+    total = np.zeros(len(names), dtype=np.int64)
+    np.add.at(total, index, result.kernel_advance() * twice[result.trace.step[result.lowered.kernels.lead]])
+    return {name: cycles / (2 * span) for name, cycles in zip(names, total.tolist(), strict=True)}
+
+
+def _bound(result: Result, twice: IntArray) -> dict[str, object]:
+    """The unit that bounds the kernels which take most of the mean step, and the share of time that they take."""
+    advance = result.kernel_advance() * twice[result.trace.step[result.lowered.kernels.lead]]
+    by_unit: dict[str, int] = {}
+    for unit, cycles in zip(result.bound_by(), advance.tolist(), strict=True):
+        by_unit[unit] = by_unit.get(unit, 0) + cycles
+    unit = max(sorted(by_unit), key=lambda name: by_unit[name])
+    return {"bound_by": unit, "bound_share": by_unit[unit] / max(sum(by_unit.values()), 1)}
