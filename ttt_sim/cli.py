@@ -1,0 +1,419 @@
+"""The command line. One function per command; no logic of its own. Heavy modules are imported inside the commands."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ttt_sim import __version__
+from ttt_sim.data_files import did_you_mean
+from ttt_sim.errors import ConfigError, TTTSimError
+
+if TYPE_CHECKING:
+    from ttt_sim.chip import Chip
+    from ttt_sim.model import Model, TTTSettings
+
+EXIT_ERROR = 2
+EXIT_FINDINGS = 1
+EXIT_INTERRUPTED = 130
+
+DEFAULT_MODEL = "Qwen3-4B"
+DEFAULT_METHODS = "kv,kv_window,ttt,ttt_window"
+DEFAULT_CONTEXTS = "1k,2k,4k,8k,16k,32k,64k,128k"
+DEFAULT_BATCHES = "1,8,32"
+DEFAULT_WINDOW = "1024"
+#: A longer prompt makes a trace of tens of millions of ops, which takes more memory than a report is worth.
+LONGEST_CONTEXT_TOKENS = 16 << 20
+
+#: What ``run`` takes together with ``--trace``; every other option shapes a workload, and a saved trace is one already.
+REPLAY_OPTIONS = frozenset(
+    {"command", "function", "chip", "variant", "overrides", "trace", "engine", "detail", "no_overlap", "out"}
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors name the nearest valid command or option and exit with status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_ERROR, f"ttt_sim: error: {message}\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            options = [word for word in rest if word.startswith("-")]
+            if options:
+                name = options[0].partition("=")[0]
+                known = [option for action in self._of_command(found)._actions for option in action.option_strings]
+                self.error(f"unknown option {name}{did_you_mean(name, known)}")
+            self.error(f"unexpected argument {rest[0]!r}")
+        return found
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(action.choices)
+            self.error(f"unknown command {value!r}{did_you_mean(value, known)}; commands: {', '.join(known)}")
+
+    def _of_command(self, found: argparse.Namespace) -> argparse.ArgumentParser:
+        """The parser of the command that was given."""
+        commands = next(action for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        parser: argparse.ArgumentParser = commands.choices[found.command]
+        return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ttt_sim",
+        allow_abbrev=False,
+        description="Hardware cost simulator for test-time training (TTT): In-Place TTT against a KV cache, on a chip "
+        "described in YAML.",
+    )
+    parser.add_argument("--version", action="version", version=f"ttt_sim {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, help_text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+
+    run = command("run", "simulate a model with and without test-time training on a chip, and write a report")
+    run.add_argument("chip", metavar="CHIP", help="chip file, or the name of a built-in one (see: ttt_sim chips)")
+    _workload_options(run)
+    run.add_argument(
+        "--method", default=DEFAULT_METHODS, metavar="LIST", help="methods to compare (default: %(default)s)"
+    )
+    run.add_argument(
+        "--context", default=DEFAULT_CONTEXTS, metavar="LIST", help="context lengths (default: %(default)s)"
+    )
+    run.add_argument(
+        "--batch", default=DEFAULT_BATCHES, metavar="LIST", help="sequences at once (default: %(default)s)"
+    )
+    run.add_argument("--engine", default="compiled", help="compiled (default) or simpy")
+    run.add_argument("--out", metavar="DIR", help="folder of the report (default: reports/<chip>)")
+    run.add_argument("--detail", type=int, default=16, metavar="N", help="most tasks per op (default: %(default)s)")
+    run.add_argument("--no-overlap", action="store_true", help="forbid weight updates to run beside other work")
+    run.add_argument(
+        "--sensitivity", action="store_true", help="10 %% sensitivities at every point, not only the headline ones"
+    )
+    run.add_argument("--trace", metavar="FILE", help="replay this saved trace instead of generating workloads")
+    run.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    _chip_options(run)
+    run.set_defaults(function=_run)
+
+    trace = command("trace", "write the op trace of one workload to a file")
+    _workload_options(trace)
+    trace.add_argument("--method", default="ttt_window", help="one method (default: %(default)s)")
+    trace.add_argument("--context", default="4k", help="prompt tokens, or tokens already held (default: %(default)s)")
+    trace.add_argument("--phase", default="prefill", help="prefill (default) or decode")
+    trace.add_argument("--steps", type=int, default=1, metavar="N", help="decode steps (default: %(default)s)")
+    trace.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once (default: %(default)s)")
+    trace.add_argument("-o", "--out", required=True, metavar="FILE", help="ends in .csv, .json or .parquet")
+    trace.set_defaults(function=_trace)
+
+    chips = command("chips", "list the built-in chips")
+    chips.set_defaults(function=_chips)
+    models = command("models", "list the built-in models, methods and TTT presets")
+    models.set_defaults(function=_models)
+    show = command("show", "print a chip with its derived figures")
+    show.add_argument("chip", metavar="CHIP")
+    _chip_options(show)
+    show.set_defaults(function=_show)
+    lint = command("lint", "check the physics of a chip file")
+    lint.add_argument("chip", metavar="FILE", help="chip file, or the name of a built-in one")
+    lint.set_defaults(function=_lint)
+    schema = command("schema", "print the JSON Schema of chip files, for editors")
+    schema.set_defaults(function=_schema)
+    return parser
+
+
+def _chip_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--variant", metavar="NAME", help="variant of the chip, by device name")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", dest="overrides",
+        help="override a chip parameter, e.g. memories.hbm.read_bandwidth='4.8 TB/s'; may be given several times",
+    )  # fmt: skip
+
+
+def _workload_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="built-in model or a Hugging Face config.json (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--chunk", metavar="TOKENS", help="tokens per weight update (default: that of the TTT settings)"
+    )
+    parser.add_argument(
+        "--window", default=DEFAULT_WINDOW, metavar="TOKENS", help="window of windowed methods (default: %(default)s)"
+    )
+    parser.add_argument("--dtype", default="bf16", help="operands and activations (default: %(default)s)")
+    parser.add_argument("--kv-dtype", metavar="DTYPE", help="stored keys and values (default: that of the method)")
+    parser.add_argument(
+        "--call", default="8k", metavar="TOKENS", help="new tokens per prefill call (default: %(default)s)"
+    )
+    parser.add_argument("--ttt", default="default", metavar="PRESET|FILE", help="TTT settings (default: %(default)s)")
+    parser.add_argument("--carry", help="official, ring, keep_z or online")
+    parser.add_argument("--weight-write", help="official, fused, resident, master or tile_wise")
+
+
+# --- commands
+# -------------------------------------------------------------------------------------------------------------
+
+
+def _run(args: argparse.Namespace) -> int:
+    chip = _chip(args)
+    if args.trace is not None:
+        return _replay(args, chip)
+    from ttt_sim.engine import check_engine
+    from ttt_sim.model_config import load_model
+    from ttt_sim.report.folder import check_out
+
+    model, ttt, methods = load_model(args.model), _ttt(args), _words("--method", args.method)
+    window = _tokens("--window", args.window)
+    _check_workload(args, model, methods, window, ttt)
+    check_engine(args.engine)
+    contexts, batches = _token_list("--context", args.context), _counts("--batch", args.batch)
+    call_tokens = _tokens("--call", args.call)
+    detail = _at_least("--detail", args.detail, 16)
+    workers = None if args.workers is None else _at_least("--workers", args.workers, 1)
+    out = Path(args.out) if args.out else Path("reports") / chip.name
+    check_out(out)
+    from ttt_sim.experiment import Experiment, run_experiment
+    from ttt_sim.grid import progress_bar
+    from ttt_sim.report.build import build
+    from ttt_sim.report.terminal import print_summary
+
+    experiment = Experiment(
+        chip=chip,
+        model=model,
+        methods=methods,
+        contexts=contexts,
+        batches=batches,
+        ttt=ttt,
+        window=window,
+        dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
+        call_tokens=call_tokens,
+        engine=args.engine,
+        detail=detail,
+        overlap=not args.no_overlap,
+        sensitivity=args.sensitivity,
+        workers=workers,
+    )
+    data = run_experiment(experiment, command=_command_line(), version=__version__, progress=progress_bar)
+    build(data, out, workers=args.workers)
+    print_summary(data, out)
+    return 0
+
+
+def _replay(args: argparse.Namespace, chip: Chip) -> int:
+    usual = vars(_parser().parse_args(["run", args.chip]))
+    for name, value in vars(args).items():
+        if name not in REPLAY_OPTIONS and value != usual[name]:
+            raise ConfigError(f"--{name.replace('_', '-')}: does not apply to a saved trace")
+    from ttt_sim.engine import check_engine
+    from ttt_sim.report.folder import check_out
+    from ttt_sim.trace_io import load
+
+    check_engine(args.engine)
+    detail = _at_least("--detail", args.detail, 16)
+    trace = load(Path(args.trace))
+    if args.out:
+        check_out(Path(args.out))
+    from ttt_sim.report.replay import print_replay, write_replay
+    from ttt_sim.simulation import simulate_trace
+
+    result = simulate_trace(chip, trace, engine=args.engine, detail=detail, overlap=not args.no_overlap)
+    print_replay(result)
+    if args.out:
+        write_replay(result, Path(args.out), command=_command_line(), version=__version__)
+    return 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from ttt_sim.model import Scenario
+    from ttt_sim.model_config import load_model
+    from ttt_sim.trace_io import save
+    from ttt_sim.workload import build_trace, find_method
+
+    tokens, batch = _tokens("--context", args.context), _at_least("--batch", args.batch, 1)
+    method = find_method(args.method).settings(_tokens("--window", args.window), args.kv_dtype, _ttt(args))
+    if args.phase == "prefill":
+        call = _tokens("--call", args.call)
+        scenario = Scenario.prefill(tokens, batch=batch, dtype=args.dtype, call_tokens=call)
+    elif args.phase == "decode":
+        steps = _at_least("--steps", args.steps, 1)
+        scenario = Scenario.decode(range(tokens, tokens + steps), batch=batch, dtype=args.dtype)
+    else:
+        known = ("prefill", "decode")
+        raise ConfigError(f"--phase: {args.phase!r} is not one of {', '.join(known)}{did_you_mean(args.phase, known)}")
+    trace = build_trace(load_model(args.model), method, scenario)
+    save(trace, Path(args.out))
+    print(f"{args.out}: {trace.n_ops} ops, {len(trace.tensors)} tensors")
+    return 0
+
+
+def _chips(_args: argparse.Namespace) -> int:
+    from ttt_sim.config import chip_names, load_chip
+
+    for name in chip_names():
+        chip = load_chip(name)
+        print(f"{name:20} {chip.kind:12} {chip.title}")
+    return 0
+
+
+def _models(_args: argparse.Namespace) -> int:
+    from ttt_sim.model_config import PRESETS, load_model, model_names
+    from ttt_sim.workload import METHODS
+
+    for name in model_names():
+        model = load_model(name)
+        print(
+            f"{name:16} {model.n_layers} layers, d_model {model.d_model}, d_ff {model.d_ff}, "
+            f"{model.parameters / 1e6:,.1f} M parameters"
+        )
+    print("\nMethods:")
+    for name, method in METHODS.items():
+        print(f"  {name:14} {method.title}")
+    print("\nTTT presets:", ", ".join(PRESETS))
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from ttt_sim.show import describe
+
+    print(describe(_chip(args)))
+    return 0
+
+
+def _lint(args: argparse.Namespace) -> int:
+    from ttt_sim.lint import lint_file
+
+    findings = lint_file(args.chip)
+    for finding in findings:
+        print(f"{args.chip}:{finding.line}: {finding.severity}: {finding.path}: {finding.message}")
+    errors = sum(finding.severity == "error" for finding in findings)
+    print(f"{args.chip}: {errors} errors, {len(findings) - errors} hints")
+    return EXIT_FINDINGS if errors else 0
+
+
+def _schema(_args: argparse.Namespace) -> int:
+    import json
+
+    from ttt_sim.config import chip_json_schema
+
+    print(json.dumps(chip_json_schema(), indent=2))
+    return 0
+
+
+# --- values of options
+# -----------------------------------------------------------------------------------------------------
+
+
+def _chip(args: argparse.Namespace) -> Chip:
+    from ttt_sim.config import load_chip
+
+    overrides: dict[str, str | float | int] = {}
+    for text in args.overrides:
+        path, sign, value = text.partition("=")
+        if not sign or not path.strip() or not value.strip():
+            raise ConfigError(
+                f"--set: {text!r} is not of the form PATH=VALUE, e.g. memories.hbm.read_bandwidth='4.8 TB/s'"
+            )
+        if path.strip() in overrides:
+            raise ConfigError(f"--set: {path.strip()} is given twice")
+        overrides[path.strip()] = value.strip()
+    return load_chip(args.chip, variant=args.variant, overrides=overrides)
+
+
+def _ttt(args: argparse.Namespace) -> TTTSettings:
+    from ttt_sim.model_config import load_ttt
+
+    overrides: dict[str, object] = {}
+    if args.chunk is not None:
+        overrides["chunk_tokens"] = _tokens("--chunk", args.chunk)
+    if args.carry is not None:
+        overrides["carry"] = args.carry
+    if args.weight_write is not None:
+        overrides["weight_write"] = args.weight_write
+    return load_ttt(args.ttt, **overrides)
+
+
+def _check_workload(
+    args: argparse.Namespace, model: Model, methods: Sequence[str], window: int, ttt: TTTSettings
+) -> None:
+    """Refuse what no simulation could use, before any starts."""
+    from ttt_sim.dtypes import DTYPES
+    from ttt_sim.model_config import check_ttt
+    from ttt_sim.workload import find_method
+    from ttt_sim.workload.attention import check_kv
+
+    if args.dtype not in DTYPES:
+        raise ConfigError(
+            f"--dtype: {args.dtype!r} is not one of {', '.join(DTYPES)}{did_you_mean(args.dtype, DTYPES)}"
+        )
+    for name in methods:
+        settings = find_method(name).settings(window, args.kv_dtype, ttt)
+        check_kv(settings.kv)
+        if settings.ttt is not None:
+            check_ttt(settings.ttt, model)
+
+
+def _words(option: str, text: str) -> tuple[str, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise ConfigError(f"{option}: {text!r} has an empty item")
+    return tuple(dict.fromkeys(words))
+
+
+def _tokens(option: str, text: str) -> int:
+    from ttt_sim.units import parse_tokens
+
+    try:
+        return parse_tokens(text)
+    except TTTSimError as error:
+        raise ConfigError(f"{option}: {error}") from None
+
+
+def _token_list(option: str, text: str) -> tuple[int, ...]:
+    tokens = tuple(sorted({_tokens(option, word) for word in _words(option, text)}))
+    if tokens[-1] > LONGEST_CONTEXT_TOKENS:
+        raise ConfigError(f"{option}: {tokens[-1]} is more than {LONGEST_CONTEXT_TOKENS} tokens (16M)")
+    return tokens
+
+
+def _counts(option: str, text: str) -> tuple[int, ...]:
+    counts = set()
+    for word in _words(option, text):
+        if not word.isdecimal():
+            raise ConfigError(f"{option}: {word!r} is not a whole number of at least 1")
+        counts.add(_at_least(option, int(word), 1))
+    return tuple(sorted(counts))
+
+
+def _at_least(option: str, value: int, least: int) -> int:
+    if value < least:
+        raise ConfigError(f"{option}: {value} must be at least {least}")
+    return value
+
+
+def _command_line() -> str:
+    return shlex.join(["python", "-m", "ttt_sim", *sys.argv[1:]])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        args = _parser().parse_args(arguments)
+        status: int = args.function(args)
+        sys.stdout.flush()
+        return status
+    except TTTSimError as error:
+        print(f"ttt_sim: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("ttt_sim: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,0 +1,1 @@
+"""Reports: figures, tables and pages made from frames. Nothing here simulates."""
