@@ -1,0 +1,67 @@
+"""The simulations whose cycle counts are held fixed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import get_args
+
+from ttt_sim.config import load_chip
+from ttt_sim.data_files import names
+from ttt_sim.grid import make_point
+from ttt_sim.lower import MAPPERS
+from ttt_sim.model import Carry, TTTSettings, WeightWrite
+from ttt_sim.model_config import load_ttt
+from ttt_sim.simulation import PHASES, Point
+from ttt_sim.workload import METHODS
+
+
+def cases() -> dict[str, Point]:
+    """Every case by name: ``toy`` on each chip that has a mapper, Qwen3-4B on h100, and the options one at a time."""
+    points: list[tuple[Point, str]] = []
+    for chip_name in names("hw_configs", ".yaml"):
+        chip = load_chip(chip_name)
+        if chip.execution in MAPPERS:
+            # 150 tokens end in an open chunk, 320 do not; a call of 64 tokens holds two chunks.
+            for method, phase, context, batch in product(METHODS, PHASES, (150, 320), (1, 2)):
+                point = make_point(
+                    chip, "toy", method, phase=phase, context=context, batch=batch, window=64, ttt="toy", call_tokens=64
+                )
+                points.append((point, ""))
+
+    h100 = load_chip("h100")
+
+    def qwen(method: str, phase: str, context: str, *, batch: int = 1, ttt: TTTSettings | None = None) -> Point:
+        return make_point(
+            h100, "Qwen3-4B", method, phase=phase, context=context, batch=batch, window=1024, ttt=ttt  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    points += [(qwen(method, phase, context), "") for method, phase, context in product(METHODS, PHASES, ("4k", "32k"))]
+    points += [(qwen(method, phase, "4k", batch=8), "") for method, phase in product(METHODS, PHASES)]
+    usual = load_ttt("default")
+    for write, phase in product(get_args(WeightWrite), PHASES):
+        if write == "resident":  # the fast weights of Qwen3-4B do not fit on chip, those of toy do
+            ttt = load_ttt("toy", weight_write=write)
+            point = make_point(
+                "tiny_gpu", "toy", "ttt_window", phase=phase, context=320, window=64, ttt=ttt, call_tokens=64
+            )
+            points.append((point, f"weight_write={write}"))
+        elif write != usual.weight_write:
+            ttt = replace(usual, weight_write=write)
+            points.append((qwen("ttt_window", phase, "4k", ttt=ttt), f"weight_write={write}"))
+    for carry, phase in product(get_args(Carry), PHASES):
+        if carry != usual.carry:
+            ttt = replace(usual, carry=carry)
+            points.append((qwen("ttt_window", phase, "4k", ttt=ttt), f"carry={carry}"))
+    for method, phase in product(("ttt", "ttt_window"), PHASES):
+        points.append((replace(qwen(method, phase, "4k"), overlap=False), "overlap=no"))
+        points.append((replace(qwen(method, phase, "4k"), detail=64), "detail=64"))
+
+    found = {_name(point, option): point for point, option in points}
+    assert len(found) == len(points), "two cases have the same name"
+    return found
+
+
+def _name(point: Point, option: str) -> str:
+    words = (point.chip.name, point.model.name, point.method.name, point.phase, point.context_tokens, f"b{point.batch}")
+    return " ".join([*map(str, words), *([option] if option else [])])
