@@ -257,9 +257,9 @@ _SI_PREFIXES: tuple[tuple[str, int], ...] = (
 
 
 def scale_for(values: FloatArray, unit: str) -> Scale:
-    """The decimal prefix in which the middle of ``values`` reads best."""
+    """The decimal prefix in which the middle of ``values`` reads best; money takes none."""
     usable = values[np.isfinite(values) & (values > 0)]
-    if not usable.size:
+    if not usable.size or unit == "USD":
         return Scale(1.0, unit)
     middle = math.exp(float(np.log(usable).mean()))
     for prefix, exponent in _SI_PREFIXES:
