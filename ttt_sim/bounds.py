@@ -10,7 +10,7 @@ from ttt_sim.errors import ConservationError
 from ttt_sim.lower import Lowered
 from ttt_sim.lower.tiles import flops_per_cycle
 from ttt_sim.lower.traffic import CACHED, FUSED, MAIN, SHARED
-from ttt_sim.ops import OP_KINDS, IntArray, OpClass, Trace
+from ttt_sim.ops import IntArray, OpClass, Trace, op_classes, total_by
 from ttt_sim.program import READ, WRITE, Program, Timeline
 
 
@@ -23,7 +23,7 @@ def roofline_cycles(trace: Trace, chip: Chip, lowered: Lowered) -> dict[str, flo
     read = float(work.main_read_bytes.sum()) / (main.read_bytes_per_s / chip.clock_hz)
     write = float(work.main_write_bytes.sum()) / (main.write_bytes_per_s / chip.clock_hz)
     bounds = {main.name: read + write if main.shared_bus else max(read, write)}
-    tiled = np.array([k.op_class in (OpClass.MATMUL, OpClass.ATTENTION) for k in OP_KINDS], dtype=np.bool_)[trace.kind]
+    tiled = np.isin(op_classes(trace), [int(OpClass.MATMUL), int(OpClass.ATTENTION)])
     matrix = 0.0
     for code in np.unique(trace.dtype[tiled]):
         flops = int(trace.flops[tiled & (trace.dtype == code)].sum())
@@ -35,9 +35,7 @@ def roofline_cycles(trace: Trace, chip: Chip, lowered: Lowered) -> dict[str, flo
 
 def busy_cycles(program: Program, timeline: Timeline) -> IntArray:
     """Cycles in which each unit serves a task, (n_units,)."""
-    busy = np.zeros(program.n_units, dtype=np.int64)
-    np.add.at(busy, program.unit, timeline.finish_cycles - timeline.start_cycles)
-    return busy
+    return total_by(program.unit, timeline.finish_cycles - timeline.start_cycles, program.n_units)
 
 
 def check(trace: Trace, chip: Chip, lowered: Lowered, timeline: Timeline) -> None:

@@ -17,7 +17,7 @@ from ttt_sim.errors import CapacityError
 from ttt_sim.grid import make_point
 from ttt_sim.lower.kernels import STREAMS
 from ttt_sim.model import Model, Scenario, TTTSettings, WeightWrite
-from ttt_sim.ops import Phase, Role
+from ttt_sim.ops import Phase, Role, is_update
 from ttt_sim.parallel import Progress, run_all
 from ttt_sim.program import TASK_KINDS
 from ttt_sim.report.data import ReportData
@@ -63,9 +63,8 @@ class Experiment:
         return [
             make_point(
                 self.chip, self.model, method, phase=phase, context=context, batch=batch, window=self.window,
-                ttt=self.ttt,
-                kv_dtype=self.kv_dtype, dtype=self.dtype, call_tokens=self.call_tokens, engine=self.engine,
-                detail=self.detail, overlap=self.overlap,
+                ttt=self.ttt, kv_dtype=self.kv_dtype, dtype=self.dtype, call_tokens=self.call_tokens,
+                engine=self.engine, detail=self.detail, overlap=self.overlap,
             )
             for method in self.methods
             for phase in PHASES
@@ -492,7 +491,7 @@ def _write_variants(experiment: Experiment) -> list[dict[str, object]]:
         }  # fmt: skip
         if outcome.result is not None:
             work = outcome.result.lowered.work
-            update = outcome.result.trace.phase[outcome.result.lowered.kernels.lead] >= int(Phase.BACKWARD)
+            update = is_update(outcome.result.trace)[outcome.result.lowered.kernels.lead]
             n_updates = len(experiment.ttt.layers_of(experiment.model)) * (VARIANT_CONTEXT_TOKENS // point.chunk_tokens)
             row |= {
                 "update_busy_cycles": float(outcome.result.busiest_unit()[0][update].sum()) / max(n_updates, 1),

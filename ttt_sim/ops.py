@@ -33,6 +33,9 @@ class Role(IntEnum):
     GRADIENT = 5  # weight deltas and other temporaries of an update
 
 
+#: Roles of tensors that live from the op that makes them to the last op that uses them, not between calls.
+TEMPORARY_ROLES: tuple[Role, ...] = (Role.ACTIVATION, Role.GRADIENT)
+
 #: Reporting classes of memory traffic, by role.
 TRAFFIC_CLASSES: tuple[str, ...] = ("weights", "fast_weights", "kv", "activations", "gradients")
 CLASS_OF_ROLE: Mapping[Role, str] = {
@@ -253,6 +256,33 @@ def op_cost(
     roots = rule.rsqrt_per_row * batch * m
     lanes = rule.lanes * elements + roots + extra_lanes
     return OpCost(rule.flops * elements, lanes, rule.exp * elements, roots, rule.div * elements)
+
+
+# --- columns that follow from others ----------------------------------------------------------------------------------
+
+
+def total_by(index: IntArray, values: IntArray, n: int) -> IntArray:
+    """Sums of ``values`` by ``index``, (n,)."""
+    out = np.zeros(n, dtype=np.int64)
+    np.add.at(out, index, values)
+    return out
+
+
+def op_classes(trace: Trace) -> IntArray:
+    """:class:`OpClass` of each op."""
+    return np.array([int(kind.op_class) for kind in OP_KINDS], dtype=np.int64)[trace.kind]
+
+
+def is_update(trace: Trace) -> npt.NDArray[np.bool_]:
+    """Whether each op belongs to the update stream."""
+    return np.isin(trace.phase, [int(phase) for phase in UPDATE_PHASES])
+
+
+def lane_ops(trace: Trace) -> tuple[IntArray, IntArray]:
+    """(ordinary lane operations, special-function operations) of each op; FLOPs of row-wise ops run on lanes too."""
+    special = trace.exp_ops + trace.rsqrt_ops + trace.div_ops
+    rowwise = op_classes(trace) == int(OpClass.VECTOR)
+    return trace.vector_ops - special + np.where(rowwise, trace.flops, 0), special
 
 
 # --- dependencies -----------------------------------------------------------------------------------------------------

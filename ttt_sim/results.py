@@ -19,7 +19,22 @@ from ttt_sim.lower import Lowered
 from ttt_sim.lower.kernels import FORWARD_STREAM, STREAMS, UPDATE_STREAM
 from ttt_sim.lower.traffic import FUSED, MAIN
 from ttt_sim.lower.work import LEVELS, READ, WRITE
-from ttt_sim.ops import CLASS_OF_ROLE, OP_KINDS, TRAFFIC_CLASSES, IntArray, OpClass, Phase, Role, Trace, owners
+from ttt_sim.ops import (
+    CLASS_OF_ROLE,
+    OP_KINDS,
+    TEMPORARY_ROLES,
+    TRAFFIC_CLASSES,
+    IntArray,
+    OpClass,
+    Phase,
+    Trace,
+    is_update,
+    lane_ops,
+    op_classes,
+    owners,
+    total_by,
+    version_slots,
+)
 from ttt_sim.program import Timeline
 
 if TYPE_CHECKING:
@@ -115,14 +130,13 @@ class Result:
             for launch, most, name in zip(launches.tolist(), amount.tolist(), names, strict=True)
         ]
 
-    # --- per step of the scenario
-    # --------------------------------------------------------------------------------------
+    # --- per step of the scenario -------------------------------------------------------------------------------------
 
     def step_finish_cycles(self) -> IntArray:
         """Finish of the forward work of each step (call) of the scenario, (n_steps,)."""
         kernels = self.lowered.kernels
         _, finish = self.kernel_span()
-        forward = ~np.isin(self.trace.phase, (int(Phase.BACKWARD), int(Phase.WEIGHT_WRITE)))
+        forward = ~is_update(self.trace)
         out = np.zeros(int(self.trace.step.max()) + 1, dtype=np.int64)
         np.maximum.at(out, self.trace.step[forward], finish[kernels.of_op[forward]])
         return out
@@ -154,9 +168,7 @@ class Result:
         step = trace.step[self.lowered.kernels.lead]
 
         def per_step(values: IntArray) -> FloatArray:
-            total = np.zeros(n_steps, dtype=np.int64)
-            np.add.at(total, step, values)
-            return total.astype(np.float64)
+            return total_by(step, values, n_steps).astype(np.float64)
 
         main = chip.main_memory
         out = {
@@ -169,11 +181,10 @@ class Result:
         if chip.has_unit("matrix"):
             unit = chip.unit("matrix")
             energy = np.zeros(n_steps, dtype=np.float64)
-            vector = np.array([kind.op_class == OpClass.VECTOR for kind in OP_KINDS], dtype=np.bool_)[trace.kind]
+            multiplied = op_classes(trace) != int(OpClass.VECTOR)
             for code in np.unique(trace.dtype):
-                flops = np.zeros(n_steps, dtype=np.int64)
-                chosen = (trace.dtype == code) & ~vector
-                np.add.at(flops, trace.step[chosen], trace.flops[chosen])
+                chosen = (trace.dtype == code) & multiplied
+                flops = total_by(trace.step[chosen], trace.flops[chosen], n_steps)
                 energy += flops * _energy_per_op(unit, DTYPES[int(code)])
             out[unit.name] = energy
         if chip.has_unit("vector"):
@@ -195,25 +206,17 @@ class Result:
         trace, kernels = self.trace, self.lowered.kernels
         start, finish = self.kernel_span()
         classes = np.array([TRAFFIC_CLASSES.index(CLASS_OF_ROLE[t.role]) for t in trace.tensors], dtype=np.int64)
-        temporary = np.array([t.role in (Role.ACTIVATION, Role.GRADIENT) for t in trace.tensors], dtype=np.bool_)
+        temporary = np.array([t.role in TEMPORARY_ROLES for t in trace.tensors], dtype=np.bool_)
         size = np.array([t.nbytes for t in trace.tensors], dtype=np.int64)
-        base = np.zeros(len(TRAFFIC_CLASSES), dtype=np.int64)
-        np.add.at(base, classes[~temporary], size[~temporary])
+        base = total_by(classes[~temporary], size[~temporary], len(TRAFFIC_CLASSES))
 
         write_kernel = kernels.of_op[owners(trace.write_ptr)]
         read_kernel = kernels.of_op[owners(trace.read_ptr)]
-        span = int(max(trace.read_version.max(initial=0), trace.write_version.max(initial=0))) + 2
+        read_slot, write_slot, n_slots = version_slots(trace)
         made = np.flatnonzero(temporary[trace.write_tensor] & (self.lowered.traffic.write_place != FUSED))
-        key = trace.write_tensor[made] * span + trace.write_version[made] + 1
-        order = np.argsort(key, kind="stable")
-        key, made = key[order], made[order]
-        died = finish[write_kernel[made]]
-        used = np.flatnonzero(temporary[trace.read_tensor])
-        used_key = trace.read_tensor[used] * span + trace.read_version[used] + 1
-        if key.size:
-            slot = np.minimum(np.searchsorted(key, used_key), key.size - 1)
-            hit = key[slot] == used_key
-            np.maximum.at(died, slot[hit], finish[read_kernel[used[hit]]])
+        last_use = np.zeros(n_slots, dtype=np.int64)
+        np.maximum.at(last_use, read_slot, finish[read_kernel])
+        died = np.maximum(finish[write_kernel[made]], last_use[write_slot[made]])
         nbytes, group = trace.write_bytes[made], classes[trace.write_tensor[made]]
 
         times = np.concatenate([[0], start[write_kernel[made]], died])
@@ -247,11 +250,10 @@ class Result:
         bound = np.array(self.bound_by(), dtype=object)
         read = owners(trace.read_ptr)
         write = owners(trace.write_ptr)
-        main_read, main_write = np.zeros(trace.n_ops, dtype=np.int64), np.zeros(trace.n_ops, dtype=np.int64)
-        on_main = self.lowered.traffic.read_place == MAIN
-        np.add.at(main_read, read[on_main], trace.read_bytes[on_main])
-        on_main = self.lowered.traffic.write_place == MAIN
-        np.add.at(main_write, write[on_main], trace.write_bytes[on_main])
+        from_main = self.lowered.traffic.read_place == MAIN
+        to_main = self.lowered.traffic.write_place == MAIN
+        main_read = total_by(read[from_main], trace.read_bytes[from_main], trace.n_ops)
+        main_write = total_by(write[to_main], trace.write_bytes[to_main], trace.n_ops)
         main_read[kernels.lead] += work.restream_bytes
         at_lead = {
             "cache_bytes": work.cache_bytes, "core_bytes": work.core_bytes, "advance_cycles": self.kernel_advance(),
@@ -269,8 +271,8 @@ class Result:
             "tile_rows": work.tile_rows[of_op], "tile_cols": work.tile_cols[of_op], "split_k": work.split[of_op],
             "n_tiles": work.items[of_op], "n_waves": work.waves[of_op],
             "flops": trace.flops, "vector_ops": trace.vector_ops,
-            "trace_read_bytes": _per_op(trace.n_ops, read, trace.read_bytes),
-            "trace_write_bytes": _per_op(trace.n_ops, write, trace.write_bytes),
+            "trace_read_bytes": total_by(read, trace.read_bytes, trace.n_ops),
+            "trace_write_bytes": total_by(write, trace.write_bytes, trace.n_ops),
             "main_read_bytes": main_read, "main_write_bytes": main_write,
         }  # fmt: skip
         for name, values in at_lead.items():  # a kernel's own figures stand at its first op
@@ -287,12 +289,11 @@ class Result:
         for level, column in ((chip.cache, "cache_bytes"), (chip.core_memory, "core_bytes")):
             if level is not None and level is not main:
                 energy = energy + frame[column] * _energy_per_byte(level)
-        vector = np.array([kind.op_class == OpClass.VECTOR for kind in OP_KINDS], dtype=np.bool_)[trace.kind]
-        special = trace.exp_ops + trace.rsqrt_ops + trace.div_ops
-        lanes = trace.vector_ops - special + np.where(vector, trace.flops, 0)
+        lanes, special = lane_ops(trace)
         if chip.has_unit("matrix"):
             per_flop = np.array([_energy_per_op(chip.unit("matrix"), dtype) for dtype in DTYPES])
-            energy = energy + np.where(vector, 0, trace.flops) * per_flop[trace.dtype]
+            multiplied = op_classes(trace) != int(OpClass.VECTOR)
+            energy = energy + np.where(multiplied, trace.flops, 0) * per_flop[trace.dtype]
         if chip.has_unit("vector"):
             energy = energy + lanes * _energy_per_op(chip.unit("vector"), "fp32")
         if chip.has_unit("special"):
@@ -305,15 +306,13 @@ class Result:
 
         program = self.lowered.program
         busy = busy_cycles(program, self.timeline)
-        nbytes = np.zeros(program.n_units, dtype=np.int64)
-        np.add.at(nbytes, program.unit, program.nbytes)
         return pd.DataFrame(
             {
                 "unit": list(program.unit_names),
                 "busy_cycles": busy,
                 "utilisation_frac": busy / max(self.cycles, 1),
                 "n_tasks": np.bincount(program.unit, minlength=program.n_units),
-                "moved_bytes": nbytes,
+                "moved_bytes": total_by(program.unit, program.nbytes, program.n_units),
             }
         )
 
@@ -366,12 +365,6 @@ def level_names(chip: Chip) -> list[str]:
     if chip.cache is not None:
         names["cache"] = chip.cache.name
     return [names.get(level, level) for level in LEVELS]
-
-
-def _per_op(n_ops: int, owner: IntArray, values: IntArray) -> IntArray:
-    out = np.zeros(n_ops, dtype=np.int64)
-    np.add.at(out, owner, values)
-    return out
 
 
 def _energy_per_byte(level: MemoryLevel) -> float:

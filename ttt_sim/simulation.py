@@ -15,7 +15,7 @@ from ttt_sim.engine import run
 from ttt_sim.errors import CapacityError, ConservationError, WorkloadError
 from ttt_sim.lower import DEFAULT_DETAIL, find_mapper, lower
 from ttt_sim.model import MethodSettings, Model, Scenario
-from ttt_sim.ops import IntArray, Role, Trace
+from ttt_sim.ops import TEMPORARY_ROLES, IntArray, Trace, total_by
 from ttt_sim.results import FloatArray, Result
 from ttt_sim.units import ceil_div, format_bytes
 from ttt_sim.workload import build_trace, state_per_sequence
@@ -194,8 +194,7 @@ def simulate_point(point: Point) -> PointResult:
     trace = build_trace(point.model, point.method, scenario)
     record = _identity(point)
     capacity = point.chip.main_memory.capacity_bytes
-    temporary = (Role.ACTIVATION, Role.GRADIENT)
-    persistent = sum(tensor.nbytes for tensor in trace.tensors if tensor.role not in temporary)
+    persistent = sum(tensor.nbytes for tensor in trace.tensors if tensor.role not in TEMPORARY_ROLES)
     if persistent > capacity:
         return PointResult(point=point, record=_does_not_fit(record, persistent, capacity, "weights and state"))
     try:
@@ -246,8 +245,9 @@ def simulate_point(point: Point) -> PointResult:
     }
     price = point.chip.price.per_hour_usd
     record["cost_usd_per_million_tokens"] = None if price is None else price / 3600 * seconds / tokens * 1e6
-    by_kernel = _cycles_by_kernel(result, twice, span)
-    record |= _bound(result, twice)
+    twice_advance = result.kernel_advance() * twice[trace.step[result.lowered.kernels.lead]]
+    by_kernel = _cycles_by_kernel(result, twice_advance, span)
+    record |= _bound(result, twice_advance)
     record |= {"n_ops": trace.n_ops, "n_kernels": result.lowered.kernels.n, "n_tasks": result.lowered.program.n_tasks}
     return PointResult(
         point=point, record=record, cycles_by_kernel=by_kernel, step_weights=twice / (2 * span), result=result
@@ -304,8 +304,7 @@ def _weighted(result: Result, twice: IntArray, span: int, tokens: int) -> dict[s
     trace = result.trace
     out: dict[str, object] = {}
     for column in ("flops", "vector_ops"):
-        per_step = np.zeros(twice.size, dtype=np.int64)
-        np.add.at(per_step, trace.step, getattr(trace, column))
+        per_step = total_by(trace.step, getattr(trace, column), twice.size)
         out[column] = _mean(per_step.astype(np.float64), twice, span)
     totals = {"read": 0.0, "write": 0.0}
     for (direction, name), per_step in result.main_bytes().items():
@@ -317,19 +316,17 @@ def _weighted(result: Result, twice: IntArray, span: int, tokens: int) -> dict[s
     return out
 
 
-def _cycles_by_kernel(result: Result, twice: IntArray, span: int) -> dict[str, float]:
+def _cycles_by_kernel(result: Result, twice_advance: IntArray, span: int) -> dict[str, float]:
     """Cycles of the mean step by kernel label; they add up to the step."""
     index, names = result.label_index()
-    total = np.zeros(len(names), dtype=np.int64)
-    np.add.at(total, index, result.kernel_advance() * twice[result.trace.step[result.lowered.kernels.lead]])
+    total = total_by(index, twice_advance, len(names))
     return {name: cycles / (2 * span) for name, cycles in zip(names, total.tolist(), strict=True)}
 
 
-def _bound(result: Result, twice: IntArray) -> dict[str, object]:
+def _bound(result: Result, twice_advance: IntArray) -> dict[str, object]:
     """The unit that bounds the kernels which take most of the mean step, and the share of time that they take."""
-    advance = result.kernel_advance() * twice[result.trace.step[result.lowered.kernels.lead]]
     by_unit: dict[str, int] = {}
-    for unit, cycles in zip(result.bound_by(), advance.tolist(), strict=True):
+    for unit, cycles in zip(result.bound_by(), twice_advance.tolist(), strict=True):
         by_unit[unit] = by_unit.get(unit, 0) + cycles
     unit = max(sorted(by_unit), key=lambda name: by_unit[name])
     return {"bound_by": unit, "bound_share": by_unit[unit] / max(sum(by_unit.values()), 1)}

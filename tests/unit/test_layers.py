@@ -252,7 +252,7 @@ def test_published_text_names_no_machine(path: Path) -> None:
     assert not found
 
 
-@pytest.mark.parametrize("text", ["see /work/main", "`/tmp`", "(/root/x)", "cd /opt/wheels", "=/mnt/a"])
+@pytest.mark.parametrize("text", ["see /work/project", "`/tmp`", "(/root/x)", "cd /opt/wheels", "=/mnt/a"])
 def test_machine_paths_are_recognised(text: str) -> None:
     assert MACHINE_PATH.search(text)
 

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.trace_tools import TOY, Totals, is_kind, kinds, kv_trace, one_call, operands, scalars, totals
+from tests.unit.trace_tools import (
+    TOY,
+    Totals,
+    assert_calls_equal_themselves_alone,
+    is_kind,
+    kinds,
+    kv_trace,
+    one_call,
+    operands,
+    scalars,
+    totals,
+)
 from ttt_sim.dtypes import DTYPES
 from ttt_sim.errors import ConfigError, WorkloadError
 from ttt_sim.model import Call, KVSettings, MethodSettings, Model, Scenario
@@ -251,16 +262,7 @@ def test_calls_are_what_they_are_alone(method):
     settings = METHODS[method].settings(48, None, None)
     calls = (*Scenario.prefill(96, call_tokens=32).calls, *Scenario.decode((96, 97, 98, 120, 121)).calls)
     whole = build_trace(TOY, settings, Scenario(batch=2, dtype="bf16", calls=calls))
-    op = 0
-    for call in calls:
-        alone = build_trace(TOY, settings, Scenario(batch=2, dtype="bf16", calls=(call,)))
-        for i in range(alone.n_ops):
-            assert scalars(whole, op, without=("step",)) == scalars(alone, i, without=("step",))
-            for column in ("read", "write"):
-                named = [(name, size) for name, _, size in operands(whole, op, column)]
-                assert named == [(name, size) for name, _, size in operands(alone, i, column)]
-            op += 1
-    assert op == whole.n_ops
+    assert_calls_equal_themselves_alone(whole, settings, calls)
 
 
 def test_meta_names_the_workload():

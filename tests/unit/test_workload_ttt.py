@@ -7,7 +7,16 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from tests.unit.trace_tools import TOY, Totals, is_kind, kinds, one_call, operands, scalars, totals
+from tests.unit.trace_tools import (
+    TOY,
+    Totals,
+    assert_calls_equal_themselves_alone,
+    is_kind,
+    kinds,
+    one_call,
+    operands,
+    totals,
+)
 from ttt_sim.errors import ConfigError
 from ttt_sim.model import Call, MethodSettings, Model, Scenario, TTTSettings
 from ttt_sim.model_config import load_model
@@ -519,16 +528,7 @@ def test_calls_are_what_they_are_alone(carry, target):
     settings = settings_of(toy_ttt(carry=carry, target=target), window=48)
     whole = build_trace(TOY, settings, Scenario(batch=2, dtype="bf16", calls=calls))
     verify(whole)
-    op = 0
-    for call in calls:
-        alone = build_trace(TOY, settings, Scenario(batch=2, dtype="bf16", calls=(call,)))
-        for i in range(alone.n_ops):
-            assert scalars(whole, op, without=("step",)) == scalars(alone, i, without=("step",))
-            for column in ("read", "write"):
-                named = [(name, size) for name, _, size in operands(whole, op, column)]
-                assert named == [(name, size) for name, _, size in operands(alone, i, column)]
-            op += 1
-    assert op == whole.n_ops
+    assert_calls_equal_themselves_alone(whole, settings, calls)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ttt_sim.model import Call, Model, Scenario
+from ttt_sim.model import Call, MethodSettings, Model, Scenario
 from ttt_sim.ops import KIND, OP_COLUMNS, OP_KINDS, Trace
 from ttt_sim.workload import METHODS, build_trace
 
@@ -68,3 +69,17 @@ def operands(trace: Trace, op: int, column: str) -> list[tuple[str, int, int]]:
 
 def scalars(trace: Trace, op: int, *, without: tuple[str, ...] = ()) -> dict[str, int]:
     return {name: int(getattr(trace, name)[op]) for name in OP_COLUMNS if name not in without}
+
+
+def assert_calls_equal_themselves_alone(whole: Trace, settings: MethodSettings, calls: Sequence[Call]) -> None:
+    """Each call of a trace of ``calls`` on TOY (batch 2, bf16) equals the trace of that call by itself."""
+    op = 0
+    for call in calls:
+        alone = build_trace(TOY, settings, Scenario(batch=2, dtype="bf16", calls=(call,)))
+        for i in range(alone.n_ops):
+            assert scalars(whole, op, without=("step",)) == scalars(alone, i, without=("step",))
+            for column in ("read", "write"):
+                named = [(name, size) for name, _, size in operands(whole, op, column)]
+                assert named == [(name, size) for name, _, size in operands(alone, i, column)]
+            op += 1
+    assert op == whole.n_ops

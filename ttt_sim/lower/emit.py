@@ -183,7 +183,6 @@ def emit(chip: Chip, kernels: Kernels, work: KernelWork, needs_main: BoolArray, 
     base = np.r_[0, np.cumsum(sizes)[:-1]].astype(np.int64) if n else np.zeros(0, dtype=np.int64)
     used = np.zeros(n, dtype=np.int64)
     tasks = _Tasks()
-    total_cycles = work.cycles.copy()
     nbytes = np.zeros((n, len(LEVELS)), dtype=np.int64)
     nbytes[:, READ], nbytes[:, WRITE], nbytes[:, CACHE] = work.main_read_bytes, work.main_write_bytes, work.cache_bytes
     nbytes[:, CACHE] *= work.cycles[:, CACHE] > 0
@@ -211,9 +210,8 @@ def emit(chip: Chip, kernels: Kernels, work: KernelWork, needs_main: BoolArray, 
 
     early = ~major & (np.cumsum(major, axis=1) == 0)  # minor levels before the first major one
     slots = int(pieces.max(initial=1))
-    piece_id = np.full(
-        (slots, len(LEVELS), n), -1, dtype=np.int64
-    )  # first copy of each major piece (minor: slots 0, last)
+    # First copy of each piece; a minor level has pieces in slot 0 and in the last slot only.
+    piece_id = np.full((slots, len(LEVELS), n), -1, dtype=np.int64)
     for slot in range(slots):
         for level in range(len(LEVELS)):
             last = pieces - 1
@@ -225,7 +223,8 @@ def emit(chip: Chip, kernels: Kernels, work: KernelWork, needs_main: BoolArray, 
                 continue
             steps, p = work.steps[chosen], pieces[chosen]
             begin, end = _bounds(steps, p, slot, major[chosen, level], early[chosen, level])
-            cycles = _share(total_cycles[chosen, level], steps, end) - _share(total_cycles[chosen, level], steps, begin)
+            service = work.cycles[chosen, level]
+            cycles = _share(service, steps, end) - _share(service, steps, begin)
             moved = _share(nbytes[chosen, level], steps, end) - _share(nbytes[chosen, level], steps, begin)
             flops = _share(work.flops[chosen], steps, end) - _share(work.flops[chosen], steps, begin)
             flops = np.where(flops_level[chosen] == level, flops, 0)

@@ -15,7 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ttt_sim.chip import Chip, Fusion
-from ttt_sim.ops import KIND, OP_KINDS, UPDATE_PHASES, Dependencies, Hazard, IntArray, OpClass, Role, Trace, owners
+from ttt_sim.ops import (
+    KIND,
+    OP_KINDS,
+    Dependencies,
+    Hazard,
+    IntArray,
+    OpClass,
+    Role,
+    Trace,
+    is_update,
+    op_classes,
+    owners,
+)
 
 FORWARD_STREAM, UPDATE_STREAM = 0, 1
 STREAMS: tuple[str, ...] = ("forward", "update")
@@ -102,8 +114,7 @@ def form_kernels(trace: Trace, chip: Chip, dependencies: Dependencies, *, overla
     """
     n_ops = trace.n_ops
     separate = overlap and chip.writability.overlap
-    update = np.isin(trace.phase, [int(phase) for phase in UPDATE_PHASES])
-    stream = np.where(update & separate, UPDATE_STREAM, FORWARD_STREAM).astype(np.int64)
+    stream = np.where(is_update(trace) & separate, UPDATE_STREAM, FORWARD_STREAM).astype(np.int64)
     waiting = owners(dependencies.ptr)
     needed = dependencies.idx
     if chip.writability.shadow_bank:
@@ -157,14 +168,12 @@ def _kernel_starts(
     p = previous[has]
     joins = table[trace.kind[p], trace.kind[has]] & (trace.step[p] == trace.step[has])
     joins &= (trace.chunk[p] == trace.chunk[has]) | (trace.chunk[p] < 0) | (trace.chunk[has] < 0)
-    update = [int(phase) for phase in UPDATE_PHASES]
-    joins &= (trace.phase[p] == trace.phase[has]) | (
-        np.isin(trace.phase[p], update) & np.isin(trace.phase[has], update)
-    )
+    update = is_update(trace)
+    joins &= (trace.phase[p] == trace.phase[has]) | (update[p] & update[has])
     if fusion != "layer":  # a GEMM takes in a neighbour only if both cover the same rows
-        matmul = np.array([kind.op_class == OpClass.MATMUL for kind in OP_KINDS], dtype=np.bool_)
+        matmul = op_classes(trace) == int(OpClass.MATMUL)
         rows = trace.batch * trace.m
-        joins &= ~matmul[trace.kind[p]] | (rows[p] == rows[has])
+        joins &= ~matmul[p] | (rows[p] == rows[has])
     starts[has] = ~joins
 
     # A kernel is numbered by its first op, so no member may wait for an op of another stream that comes later than

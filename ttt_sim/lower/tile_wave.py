@@ -14,7 +14,7 @@ from ttt_sim.lower.kernels import Kernels, sibling_group
 from ttt_sim.lower.tiles import TileWork, attention, flops_per_cycle, gemm
 from ttt_sim.lower.traffic import Traffic, usable_cache_bytes
 from ttt_sim.lower.work import CACHE, LEVELS, MATRIX, READ, SPECIAL, VECTOR, WRITE, KernelWork
-from ttt_sim.ops import OP_KINDS, IntArray, OpClass, Trace, owners
+from ttt_sim.ops import IntArray, OpClass, Trace, lane_ops, op_classes, owners, total_by
 
 #: Bytes of operands that one core streams per pipeline step of a row-wise kernel.
 STREAM_STEP_BYTES = 16 * 1024
@@ -47,7 +47,7 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     _tiled(trace, chip, kernels, traffic, work)
 
     # Row-wise ops stream what they exchange with the cache once.
-    op_class = np.array([int(kind.op_class) for kind in OP_KINDS], dtype=np.int64)[trace.kind]
+    op_class = op_classes(trace)
     rowwise = np.zeros(n, dtype=np.bool_)
     rowwise[kernels.of_op] = True
     rowwise[kernels.of_op[op_class <= int(OpClass.ATTENTION)]] = False
@@ -57,8 +57,8 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     row_steps = -(-traffic.on_chip_bytes // (chip.cores * STREAM_STEP_BYTES))
     steps = np.maximum(np.where(rowwise, row_steps, work["steps"]), 1)
 
-    lane_ops, special_ops = _lane_ops(trace, kernels, op_class)
-    flops = _per_kernel(kernels, trace.flops)
+    lanes, special_ops = (total_by(kernels.of_op, values, n) for values in lane_ops(trace))
+    flops = total_by(kernels.of_op, trace.flops, n)
     read_bytes = traffic.main_read_bytes + work["restream"]
     cycles = np.zeros((n, len(LEVELS)), dtype=np.int64)
     cycles[:, READ] = transfer_cycles(chip, main, read_bytes, write=False)
@@ -66,7 +66,7 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     if chip.cache is not None and chip.cache is not main:
         cycles[:, CACHE] = transfer_cycles(chip, chip.cache, work["cache_bytes"], write=False)
     cycles[:, MATRIX] = work["matrix"]
-    cycles[:, VECTOR], cycles[:, SPECIAL] = _vector_cycles(chip, lane_ops, special_ops)
+    cycles[:, VECTOR], cycles[:, SPECIAL] = _vector_cycles(chip, lanes, special_ops)
 
     launch = np.full(n, chip.cycles(chip.overheads.op_launch_s), dtype=np.int64)
     if chip.mapping.serial_kernels:  # the first load of a kernel waits for nothing to hide its latency behind
@@ -84,7 +84,7 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
         cache_bytes=work["cache_bytes"],
         core_bytes=work["core_bytes"],
         flops=flops,
-        lane_ops=lane_ops,
+        lane_ops=lanes,
         special_ops=special_ops,
         launch_cycles=launch,
         row=_rows(trace, kernels),
@@ -110,16 +110,10 @@ def transfer_cycles(chip: Chip, memory: MemoryLevel, nbytes: IntArray, *, write:
     return np.ceil(busiest / (per_cycle / memory.channels)).astype(np.int64)
 
 
-def _per_kernel(kernels: Kernels, values: IntArray) -> IntArray:
-    out = np.zeros(kernels.n, dtype=np.int64)
-    np.add.at(out, kernels.of_op, values)
-    return out
-
-
 def _tiled(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: dict[str, IntArray]) -> None:
     """Add the GEMMs and attention cores; neighbouring sibling GEMMs of a kernel are one GEMM."""
     group = sibling_group()[trace.kind]
-    op_class = np.array([int(kind.op_class) for kind in OP_KINDS], dtype=np.int64)[trace.kind]
+    op_class = op_classes(trace)
     main_cycles = transfer_cycles(chip, chip.main_memory, traffic.main_read_bytes, write=False)
     main_cycles += transfer_cycles(chip, chip.main_memory, traffic.main_write_bytes, write=True)
     matmul = np.flatnonzero(op_class == int(OpClass.MATMUL))
@@ -191,19 +185,10 @@ def _add(work: dict[str, IntArray], kernel: IntArray, shape: IntArray, chosen: S
 
 def _kv_bytes(trace: Trace) -> IntArray:
     """Bytes of keys and values that each attention core reads, from a cache or as fresh rows: all but its queries."""
-    owner = owners(trace.read_ptr)
-    out = np.zeros(trace.n_ops, dtype=np.int64)
-    np.add.at(out, owner, trace.read_bytes)
+    read = total_by(owners(trace.read_ptr), trace.read_bytes, trace.n_ops)
     bits = np.array([DTYPE_BITS[dtype] for dtype in DTYPES], dtype=np.int64)[trace.dtype]
     queries = -(-trace.batch * trace.heads * trace.m * trace.k * bits // 8)
-    return np.maximum(out - queries, 0)
-
-
-def _lane_ops(trace: Trace, kernels: Kernels, op_class: IntArray) -> tuple[IntArray, IntArray]:
-    """(ordinary lane operations, special-function operations) per kernel; FLOPs of row-wise ops run on lanes too."""
-    special = trace.exp_ops + trace.rsqrt_ops + trace.div_ops
-    lanes = trace.vector_ops - special + np.where(op_class == int(OpClass.VECTOR), trace.flops, 0)
-    return _per_kernel(kernels, lanes), _per_kernel(kernels, special)
+    return np.maximum(read - queries, 0)
 
 
 def _lane_rate(chip: Chip, unit: ComputeUnit) -> float:

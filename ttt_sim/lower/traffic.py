@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ttt_sim.chip import Chip
 from ttt_sim.errors import CapacityError
 from ttt_sim.lower.kernels import Kernels
-from ttt_sim.ops import IntArray, Role, Trace, owners, version_slots
+from ttt_sim.ops import TEMPORARY_ROLES, IntArray, Role, Trace, owners, total_by, version_slots
 from ttt_sim.units import format_bytes
 
 #: Where an operand of the trace comes from or goes to.
@@ -126,9 +126,7 @@ def resolve_traffic(trace: Trace, chip: Chip, kernels: Kernels) -> Traffic:
     )
 
     def per_kernel(kernel: IntArray, nbytes: IntArray, keep: BoolArray) -> IntArray:
-        out = np.zeros(kernels.n, dtype=np.int64)
-        np.add.at(out, kernel[keep], nbytes[keep])
-        return out
+        return total_by(kernel[keep], nbytes[keep], kernels.n)
 
     main_read = per_kernel(read_kernel, trace.read_bytes, read_place == MAIN)
     main_write = per_kernel(write_kernel, trace.write_bytes, write_place == MAIN)
@@ -218,7 +216,7 @@ def _write_places(
     readers = np.bincount(writer[writer >= 0], minlength=n)
     missed = np.bincount(writer[(writer >= 0) & (read_place == MAIN)], minlength=n)
     outside = np.bincount(writer[(writer >= 0) & (read_place != FUSED)], minlength=n)
-    temporary = np.isin(role[trace.write_tensor], [int(Role.ACTIVATION), int(Role.GRADIENT)])
+    temporary = np.isin(role[trace.write_tensor], [int(kept) for kept in TEMPORARY_ROLES])
 
     place = np.full(n, MAIN, dtype=np.int64)
     place[temporary & (readers > 0) & (missed == 0)] = CACHED
