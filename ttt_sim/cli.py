@@ -112,6 +112,33 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("-o", "--out", required=True, metavar="FILE", help="ends in .csv, .json or .parquet")
     trace.set_defaults(function=_trace)
 
+    verify = command(
+        "verify", "execute the simulated trace of a small model and compare it with the reference, bit for bit"
+    )
+    verify.add_argument("chip", metavar="CHIP", help="chip file, or the name of a built-in one (see: ttt_sim chips)")
+    _workload_options(verify, model="toy", window="64", call="64", ttt="toy")
+    verify.add_argument("--method", metavar="LIST", help="methods to verify (default: all)")
+    verify.add_argument(
+        "--prefill", default="150", metavar="TOKENS", help="tokens of the prompt (default: %(default)s)"
+    )
+    verify.add_argument(
+        "--decode", type=int, default=40, metavar="N", help="tokens decoded after it (default: %(default)s)"
+    )
+    verify.add_argument("--batch", type=int, default=2, metavar="N", help="sequences at once (default: %(default)s)")
+    verify.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of parameters and tokens (default: %(default)s)"
+    )
+    verify.add_argument(
+        "--accumulate", default="exact",
+        help="exact (default): products summed exactly and rounded once; hardware: in float32, in the order of the "
+        "tiles, to see what that changes",
+    )  # fmt: skip
+    verify.add_argument("--engine", default="compiled", help="compiled (default) or simpy")
+    verify.add_argument("--detail", type=int, default=16, metavar="N", help="most tasks per op (default: %(default)s)")
+    verify.add_argument("--no-overlap", action="store_true", help="forbid weight updates to run beside other work")
+    _chip_options(verify)
+    verify.set_defaults(function=_verify)
+
     chips = command("chips", "list the built-in chips")
     chips.set_defaults(function=_chips)
     models = command("models", "list the built-in models, methods and TTT presets")
@@ -136,22 +163,29 @@ def _chip_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _workload_options(parser: argparse.ArgumentParser) -> None:
+def _workload_options(
+    parser: argparse.ArgumentParser,
+    *,
+    model: str = DEFAULT_MODEL,
+    window: str = DEFAULT_WINDOW,
+    call: str = "8k",
+    ttt: str = "default",
+) -> None:
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="built-in model or a Hugging Face config.json (default: %(default)s)"
+        "--model", default=model, help="built-in model or a Hugging Face config.json (default: %(default)s)"
     )
     parser.add_argument(
         "--chunk", metavar="TOKENS", help="tokens per weight update (default: that of the TTT settings)"
     )
     parser.add_argument(
-        "--window", default=DEFAULT_WINDOW, metavar="TOKENS", help="window of windowed methods (default: %(default)s)"
+        "--window", default=window, metavar="TOKENS", help="window of windowed methods (default: %(default)s)"
     )
     parser.add_argument("--dtype", default="bf16", help="operands and activations (default: %(default)s)")
     parser.add_argument("--kv-dtype", metavar="DTYPE", help="stored keys and values (default: that of the method)")
     parser.add_argument(
-        "--call", default="8k", metavar="TOKENS", help="new tokens per prefill call (default: %(default)s)"
+        "--call", default=call, metavar="TOKENS", help="new tokens per prefill call (default: %(default)s)"
     )
-    parser.add_argument("--ttt", default="default", metavar="PRESET|FILE", help="TTT settings (default: %(default)s)")
+    parser.add_argument("--ttt", default=ttt, metavar="PRESET|FILE", help="TTT settings (default: %(default)s)")
     parser.add_argument("--carry", help="official, ring, keep_z or online")
     parser.add_argument("--weight-write", help="official, fused, resident, master or tile_wise")
 
@@ -251,6 +285,45 @@ def _trace(args: argparse.Namespace) -> int:
     save(trace, Path(args.out))
     print(f"{args.out}: {trace.n_ops} ops, {len(trace.tensors)} tensors")
     return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from ttt_sim.engine import check_engine
+    from ttt_sim.model_config import load_model
+    from ttt_sim.workload import METHODS, find_method
+
+    chip, model, ttt = _chip(args), load_model(args.model), _ttt(args)
+    methods = tuple(METHODS) if args.method is None else _words("--method", args.method)
+    window = _tokens("--window", args.window)
+    _check_workload(args, model, methods, window, ttt)
+    check_engine(args.engine)
+    prefill, call = _tokens("--prefill", args.prefill), _tokens("--call", args.call)
+    decode, batch = _at_least("--decode", args.decode, 0), _at_least("--batch", args.batch, 1)
+    seed, detail = _at_least("--seed", args.seed, 0), _at_least("--detail", args.detail, 16)
+    from ttt_sim.replay.describe import describe, heading
+    from ttt_sim.replay.verify import Plan, verify
+
+    passed = True
+    for i, name in enumerate(methods):
+        plan = Plan(
+            chip=chip,
+            model=model,
+            method=find_method(name).settings(window, args.kv_dtype, ttt),
+            prefill_tokens=prefill,
+            call_tokens=call,
+            decode_tokens=decode,
+            batch=batch,
+            dtype=args.dtype,
+            seed=seed,
+            accumulate=args.accumulate,
+            engine=args.engine,
+            detail=detail,
+            overlap=not args.no_overlap,
+        )
+        verdict = verify(plan)
+        print(f"{heading(plan)}\n{describe(verdict)}" if i == 0 else describe(verdict), flush=True)
+        passed &= verdict.passed
+    return 0 if passed else EXIT_FINDINGS
 
 
 def _chips(_args: argparse.Namespace) -> int:

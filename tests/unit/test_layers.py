@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lower",),
     ("engine",),
     ("bounds", "results", "simulation"),
-    ("grid", "crossover"),
+    ("grid", "crossover", "replay"),
     ("report",),
     ("experiment",),
     ("",),

@@ -19,6 +19,7 @@ from ttt_sim.errors import ConfigError
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 #: Flow collections nested deeper than this are refused before the reader's recursion meets them.
 _MAX_DEPTH = 50
+_TOO_DEEP = f"is nested more than {_MAX_DEPTH} levels deep"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +144,8 @@ def parse_yaml(text: str, label: str, *, place: Place | None = None) -> YamlNode
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line if mark else 0
+        if "nesting depth" in str(error):  # recent parsers look ahead and have a limit of their own
+            raise ConfigError(f"{place or Place(label=label, line=line + 1)}: {_TOO_DEEP}") from None
         what = " ".join(part for part in (error.context, error.problem) if part)
         tab = "; indent with spaces, not tabs" if "\t" in "".join(text.splitlines()[line : line + 1]) else ""
         raise ConfigError(f"{place or Place(label=label, line=line + 1)}: is not valid YAML: {what}{tab}") from None
@@ -170,7 +173,7 @@ def _check_events(text: str, place_of: Callable[[Any], Place]) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > _MAX_DEPTH:
-            problems.add(place_of(event.start_mark), "", f"is nested more than {_MAX_DEPTH} levels deep")
+            problems.add(place_of(event.start_mark), "", _TOO_DEEP)
             break
     problems.raise_if_any()
 

@@ -13,7 +13,7 @@ from ttt_sim.errors import ConfigError
 from ttt_sim.lower.kernels import Kernels, sibling_group
 from ttt_sim.lower.tiles import TileWork, attention, flops_per_cycle, gemm
 from ttt_sim.lower.traffic import Traffic, usable_cache_bytes
-from ttt_sim.lower.work import CACHE, LEVELS, MATRIX, READ, SPECIAL, VECTOR, WRITE, KernelWork
+from ttt_sim.lower.work import CACHE, LEVELS, MATRIX, READ, SPECIAL, VECTOR, WRITE, KernelWork, OpTiles
 from ttt_sim.ops import IntArray, OpClass, Trace, lane_ops, op_classes, owners, total_by
 
 #: Bytes of operands that one core streams per pipeline step of a row-wise kernel.
@@ -44,7 +44,7 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
         )
     }
     main = chip.main_memory
-    _tiled(trace, chip, kernels, traffic, work)
+    op_tiles = _tiled(trace, chip, kernels, traffic, work)
 
     # Row-wise ops stream what they exchange with the cache once.
     op_class = op_classes(trace)
@@ -93,6 +93,7 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
         split=work["split"],
         items=work["items"],
         waves=work["waves"],
+        op_tiles=op_tiles,
     )
 
 
@@ -110,8 +111,9 @@ def transfer_cycles(chip: Chip, memory: MemoryLevel, nbytes: IntArray, *, write:
     return np.ceil(busiest / (per_cycle / memory.channels)).astype(np.int64)
 
 
-def _tiled(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: dict[str, IntArray]) -> None:
-    """Add the GEMMs and attention cores; neighbouring sibling GEMMs of a kernel are one GEMM."""
+def _tiled(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: dict[str, IntArray]) -> OpTiles:
+    """Add the GEMMs and attention cores; neighbouring sibling GEMMs of a kernel are one GEMM. Returns their tiles."""
+    table = {name: np.zeros(trace.n_ops, dtype=np.int64) for name in ("rows", "cols", "split", "depth", "offset")}
     group = sibling_group()[trace.kind]
     op_class = op_classes(trace)
     main_cycles = transfer_cycles(chip, chip.main_memory, traffic.main_read_bytes, write=False)
@@ -131,7 +133,12 @@ def _tiled(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: d
             gemm(chip, m=int(m), n=int(w), k=int(k), batch=int(b), dtype=DTYPES[int(t)], main_cycles=int(c))
             for m, w, k, b, t, c in unique
         ]
-        _add(work, kernels.of_op[first], inverse.reshape(-1), chosen)
+        inverse = inverse.reshape(-1)
+        _add(work, kernels.of_op[first], inverse, chosen)
+        product = np.cumsum(new) - 1  # the merged GEMM of each op
+        _note(table, matmul, inverse[product], chosen)
+        before = np.cumsum(trace.n[matmul]) - trace.n[matmul]  # columns of all ops before
+        table["offset"][matmul] = before - before[new][product]
 
     core = np.flatnonzero(op_class == int(OpClass.ATTENTION))
     if core.size:
@@ -159,8 +166,21 @@ def _tiled(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: d
         ]  # fmt: skip
         inverse = inverse.reshape(-1)
         _add(work, kernels.of_op[core], inverse, streams)
+        _note(table, core, inverse, streams)
         passes = np.array([stream.kv_passes for stream in streams], dtype=np.int64)[inverse]
         np.add.at(work["restream"], kernels.of_op[core], (passes - 1) * kv_bytes)
+    return OpTiles(**table)
+
+
+def _note(table: dict[str, IntArray], ops: IntArray, shape: IntArray, chosen: Sequence[TileWork]) -> None:
+    """Write down the tile of each op of ``ops``, ``chosen[shape]``."""
+    for column, values in (
+        ("rows", [t.tile[0] for t in chosen]),
+        ("cols", [t.tile[1] for t in chosen]),
+        ("split", [t.split for t in chosen]),
+        ("depth", [t.depth for t in chosen]),
+    ):
+        table[column][ops] = np.array(values, dtype=np.int64)[shape]
 
 
 def _add(work: dict[str, IntArray], kernel: IntArray, shape: IntArray, chosen: Sequence[TileWork]) -> None:

@@ -30,13 +30,15 @@ ATTENTION_KEYS = 128
 class TileWork:
     """What one tiled op costs. ``cache_bytes`` move between the shared cache and the cores.
 
-    ``tile`` (rows, columns); ``split`` parts of the reduction; ``items`` tiles x splits x batch; ``waves`` rounds
-    over the cores, rounded up; ``steps`` pipeline steps that the whole op takes on the chip; ``matrix_cycles`` of the
-    matrix units together, padding and idle cores included; ``core_bytes`` move inside the cores' scratchpads.
+    ``tile`` (rows, columns); ``split`` parts of the reduction, ``depth`` elements of it per pipeline step; ``items``
+    tiles x splits x batch; ``waves`` rounds over the cores, rounded up; ``steps`` pipeline steps that the whole op
+    takes on the chip; ``matrix_cycles`` of the matrix units together, padding and idle cores included; ``core_bytes``
+    move inside the cores' scratchpads.
     """
 
     tile: tuple[int, int]
     split: int
+    depth: int
     items: int
     waves: int
     steps: int
@@ -115,6 +117,7 @@ def gemm(chip: Chip, *, m: int, n: int, k: int, batch: int, dtype: str, main_cyc
                 work = TileWork(
                     tile=(rows, cols),
                     split=split,
+                    depth=step_depth,
                     items=items,
                     waves=waves,
                     steps=max(1, waves * steps_each),
@@ -201,6 +204,7 @@ def attention(
     return AttentionWork(
         tile=(tile_rows, ATTENTION_KEYS),
         split=split,
+        depth=ATTENTION_KEYS,
         items=items * split,
         waves=waves,
         steps=max(1, ceil_div(block_total, chip.cores)),

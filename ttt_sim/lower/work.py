@@ -12,6 +12,22 @@ READ, CACHE, MATRIX, VECTOR, SPECIAL, WRITE = range(len(LEVELS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OpTiles:
+    """The tile that each op runs in, columns of length ``n_ops``, 0 for ops that are not tiled.
+
+    ``rows`` x ``cols`` of the output; ``split`` parts of the reduction; ``depth`` elements of it per pipeline step;
+    ``offset`` first column of the op where sibling products run as one, side by side. Attention: packed query rows,
+    keys of a block, split of the keys, keys of a block.
+    """
+
+    rows: IntArray
+    cols: IntArray
+    split: IntArray
+    depth: IntArray
+    offset: IntArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class KernelWork:
     """Columns of length ``n_kernels``.
 
@@ -20,7 +36,7 @@ class KernelWork:
     re-streaming; ``restream_bytes`` of the reads, beyond one pass; ``cache_bytes`` through the shared cache;
     ``core_bytes`` inside scratchpads; ``flops``; ``lane_ops`` without the special ones; ``special_ops``;
     ``launch_cycles`` before the kernel; ``row`` DRAM row that stands for its operands;
-    ``tile_rows, tile_cols, split, items, waves`` of its largest tiled op, 0 without one.
+    ``tile_rows, tile_cols, split, items, waves`` of its largest tiled op, 0 without one; ``op_tiles`` of every op.
     """
 
     cycles: IntArray
@@ -40,3 +56,4 @@ class KernelWork:
     split: IntArray
     items: IntArray
     waves: IntArray
+    op_tiles: OpTiles
