@@ -303,7 +303,8 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 def test_unknown_chip_names_the_nearest_and_all() -> None:
     with pytest.raises(ConfigError) as caught:
         load_chip("h1000")
-    assert "unknown chip 'h1000', did you mean h100?; available: " in str(caught.value)
+    assert "unknown chip 'h1000', did you mean h100 or " in str(caught.value)
+    assert "; available: a100, " in str(caught.value)
     assert "tiny_gpu" in str(caught.value)
 
 
