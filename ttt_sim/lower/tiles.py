@@ -190,10 +190,11 @@ def attention(
     rate = flops_per_cycle(chip, unit, dtype, sustained=False)
     rate *= min(unit.efficiency.get(dtype, 1.0), chip.mapping.attention_efficiency)
     work_cycles = ceil_float(4 * head_dim * padded_pairs / rate)
-    longest = ceil_div(int(blocks.max()), split)
     block_cycles = ceil_float(4 * head_dim * tile_rows * ATTENTION_KEYS * chip.cores / rate)
+    longest = ceil_div(int(blocks.max()), split) * block_cycles
     waves = ceil_div(items * split, chip.cores)
-    floor = longest * block_cycles * (1 if chip.mapping.persistent else waves)
+    # Tiles go to cores as they become free, so the last one ends at most one tile after the mean core (Graham).
+    floor = longest if chip.mapping.persistent else min(waves * longest, work_cycles + longest)
     element_bits = DTYPE_BITS[dtype]
     rows_bytes = ceil_div(batch * heads * m * head_dim * element_bits, 8)
     kv_row_bytes = ceil_div(kv_bytes, max(1, batch * kv_heads * n))
