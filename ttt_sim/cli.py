@@ -139,6 +139,24 @@ def _parser() -> argparse.ArgumentParser:
     _chip_options(verify)
     verify.set_defaults(function=_verify)
 
+    drift = command("drift", "show what number formats do to a fast weight over a long stream")
+    drift.add_argument("--tokens", default="256k", help="tokens of the stream, up to 16M (default: %(default)s)")
+    drift.add_argument("--width", type=int, default=64, metavar="N", help="width d of the layer (default: %(default)s)")
+    drift.add_argument("--ff", type=int, default=192, metavar="N", help="hidden width f (default: %(default)s)")
+    drift.add_argument(
+        "--chunk", default="1k", metavar="TOKENS", help="tokens per weight update (default: %(default)s)"
+    )
+    drift.add_argument("--rate", type=float, default=3.0, help="step size of an update (default: %(default)s)")
+    drift.add_argument(
+        "--clip", default="none,published", metavar="LIST",
+        help="largest Frobenius norms of a delta: numbers, none, or published, which is 1e-5 with the same size per "
+        "element as at Qwen3-4B (default: %(default)s)",
+    )  # fmt: skip
+    drift.add_argument("--formats", default="all", metavar="LIST", help="formats of the fast weight (default: all)")
+    drift.add_argument("--seed", type=int, default=0, metavar="N", help="of inputs and rounding (default: %(default)s)")
+    drift.add_argument("--out", metavar="DIR", default="reports/drift", help="folder of results (default: %(default)s)")
+    drift.set_defaults(function=_drift)
+
     chips = command("chips", "list the built-in chips")
     chips.set_defaults(function=_chips)
     models = command("models", "list the built-in models, methods and TTT presets")
@@ -324,6 +342,34 @@ def _verify(args: argparse.Namespace) -> int:
         print(f"{heading(plan)}\n{describe(verdict)}" if i == 0 else describe(verdict), flush=True)
         passed &= verdict.passed
     return 0 if passed else EXIT_FINDINGS
+
+
+def _drift(args: argparse.Namespace) -> int:
+    from ttt_sim.drift import DriftSettings, parse_clips, parse_formats, run_drift
+    from ttt_sim.report.folder import check_out
+
+    try:
+        settings = DriftSettings(
+            tokens=_tokens("tokens", args.tokens),
+            width=args.width,
+            ff=args.ff,
+            chunk=_tokens("chunk", args.chunk),
+            rate=args.rate,
+            clips=parse_clips(args.clip, args.width, args.ff),
+            formats=parse_formats(args.formats),
+            seed=args.seed,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from None
+    out = Path(args.out)
+    check_out(out)
+    from ttt_sim.grid import progress_bar
+    from ttt_sim.report.drift import print_drift, write_drift
+
+    drift = run_drift(settings, progress=progress_bar)
+    write_drift(drift, out, command=_command_line(), version=__version__)
+    print_drift(drift, out)
+    return 0
 
 
 def _chips(_args: argparse.Namespace) -> int:

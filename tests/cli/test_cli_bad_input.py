@@ -15,6 +15,7 @@ from ttt_sim.workload import METHODS
 #: Too large to simulate by mistake: a case that is not refused shows at once.
 RUN = ("run", "tiny_gpu", "--model", "toy", "--context", "64", "--batch", "1", "--workers", "1", "--out", "report")
 REPLAY = ("run", "tiny_gpu", "--trace")
+DRIFT = ("drift", "--tokens", "64", "--chunk", "32", "--width", "4", "--ff", "8", "--out", "drift")
 
 MODEL = (ROOT / "model_configs" / "toy.json").read_text(encoding="utf-8")
 CHIP = (ROOT / "hw_configs" / "tiny_gpu.yaml").read_text(encoding="utf-8")
@@ -121,6 +122,28 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "text for workers": ((*RUN, "--workers", "all"), ("--workers", "'all'")),
     "too little detail": ((*RUN, "--detail", "3"), ("--detail", "3", "16")),
     "zero steps": (("trace", "--phase", "decode", "--steps", "0", "-o", "t.csv"), ("--steps", "0", "at least 1")),
+    # number formats of a fast weight
+    "unknown format": ((*DRIFT, "--formats", "bf16,fp8_e4m4"), ("--formats", "'fp8_e4m4'", "did you mean fp8_e4m3")),
+    "empty format": ((*DRIFT, "--formats", "bf16,"), ("--formats", "''", "fp32_master")),
+    "format twice": ((*DRIFT, "--formats", "bf16,bf16"), ("--formats", "'bf16'", "twice")),
+    "misspelt clip": ((*DRIFT, "--clip", "none,publshed"), ("--clip", "'publshed'", "did you mean published")),
+    "zero clip": ((*DRIFT, "--clip", "0"), ("--clip", "0 is not between 1e-30 and 1e+30")),
+    "clip that is no number": ((*DRIFT, "--clip", "nan"), ("--clip", "nan is not between")),
+    "clip twice": ((*DRIFT, "--clip", "1e-5,0.00001"), ("--clip", "1e-05", "twice")),
+    "negative rate": ((*DRIFT, "--rate=-1"), ("--rate", "-1 is not between 1e-12 and 1e+12")),
+    "infinite rate": ((*DRIFT, "--rate", "inf"), ("--rate", "inf is not between")),
+    "text for a rate": ((*DRIFT, "--rate", "fast"), ("--rate", "'fast'")),
+    "zero tokens of a stream": ((*DRIFT, "--tokens", "0"), ("--tokens", "'0'", "128k")),
+    "stream too long": ((*DRIFT, "--tokens", "17M"), ("--tokens", "17825792", "16777216")),
+    "stream shorter than a chunk": ((*DRIFT, "--tokens", "31"), ("--tokens", "31", "at least one chunk of 32")),
+    "chunk too long": ((*DRIFT, "--tokens", "1M", "--chunk", "9000"), ("--chunk", "9000 is not between 1 and 8192")),
+    "zero width": ((*DRIFT, "--width", "0"), ("--width", "0 is not between 1 and 256")),
+    "negative width": ((*DRIFT, "--width=-4"), ("--width", "-4 is not between 1 and 256")),
+    "width too large": ((*DRIFT, "--ff", "1025"), ("--ff", "1025 is not between 1 and 1024")),
+    "text for a width": ((*DRIFT, "--width", "wide"), ("--width", "'wide'")),
+    "negative seed": ((*DRIFT, "--seed=-1"), ("--seed", "-1 is not between 0 and")),
+    "misspelt option of drift": ((*DRIFT, "--format", "bf16"), ("--format", "did you mean --formats")),
+    "drift over another's folder": ((*DRIFT, "--out", "foreign"), ("foreign", "notes.txt")),
     # traces
     "missing trace": ((*REPLAY, "none.csv"), ("none.csv", "No such file")),
     "trace of an unknown ending": ((*REPLAY, "notes.txt"), ("notes.txt", ".csv, .json, .parquet")),
@@ -222,6 +245,7 @@ QUICK = {
     "bad context": ("run", "h100", "--context", "none"),
     "bad batch": ("run", "h100", "--batch", "none"),
     "bad folder": ("run", "h100", "--out", "."),
+    "bad number format": ("drift", "--formats", "none"),
     "bad trace": ("run", "h100", "--trace", "none.csv"),
 }
 

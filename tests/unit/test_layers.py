@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lower",),
     ("engine",),
     ("bounds", "results", "simulation"),
-    ("grid", "crossover", "replay"),
+    ("grid", "crossover", "drift", "replay"),
     ("report",),
     ("experiment",),
     ("",),

@@ -10,6 +10,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 
 from ttt_sim.report import figures_compare, figures_context, figures_detail, figures_gains, figures_timeline
 from ttt_sim.report.data import ReportData
@@ -54,19 +55,24 @@ def render_figure(name: str, data: ReportData, folder: Path) -> Rendered:
         drawn = FIGURES[name](data)
         figures = folder / "figures"
         figures.mkdir(parents=True, exist_ok=True)
-        # The layout is computed once, and the canvases are used directly: ``savefig`` would draw everything twice.
-        engine = drawn.figure.get_layout_engine()
-        if engine is not None:
-            engine.execute(drawn.figure)
-        drawn.figure.set_layout_engine("none")
-        FigureCanvasAgg(drawn.figure).print_png(  # type: ignore[no-untyped-call]
-            figures / f"{name}.png", metadata={"Software": None}, pil_kwargs={"compress_level": 3}
-        )
-        FigureCanvasSVG(drawn.figure).print_svg(  # type: ignore[no-untyped-call]
-            str(figures / f"{name}.svg"), metadata={"Date": None, "Creator": "ttt_sim"}
-        )
+        save_figure(drawn.figure, figures / name)
     write_table(drawn.table, figures / f"{name}.csv")
     return Rendered(name, drawn.title, drawn.caption)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write ``path`` with .png and .svg added; to be called under the settings that the figure was drawn with."""
+    # The layout is computed once, and the canvases are used directly: ``savefig`` would draw everything twice.
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+    figure.set_layout_engine("none")
+    FigureCanvasAgg(figure).print_png(  # type: ignore[no-untyped-call]
+        f"{path}.png", metadata={"Software": None}, pil_kwargs={"compress_level": 3}
+    )
+    FigureCanvasSVG(figure).print_svg(  # type: ignore[no-untyped-call]
+        f"{path}.svg", metadata={"Date": None, "Creator": "ttt_sim"}
+    )
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

@@ -57,10 +57,14 @@ def new_figure(
 
     ``caveat``: add the note on quality where the report mixes windowed and full attention.
     """
-    per_line = int(width * 16.2)
-    lines = [line for note in notes if note for line in textwrap.wrap(note, per_line)]
-    if caveat and data.mixes_quality:
-        lines += textwrap.wrap(data.quality_caveat, per_line)
+    notes = [*notes, data.quality_caveat] if caveat and data.mixes_quality else list(notes)
+    context = f"{data.model} on {data.machine.title}" + (f"  ·  {subtitle}" if subtitle else "")
+    return framed_figure(title, context, width=width, height=height, notes=notes)
+
+
+def framed_figure(title: str, context: str, *, width: float, height: float, notes: Iterable[str] = ()) -> Figure:
+    """An empty figure of ``width`` x ``height`` inches: ``title`` and ``context`` above, ``notes`` below."""
+    lines = [line for note in notes if note for line in textwrap.wrap(note, int(width * 16.2))]
     heading = textwrap.wrap(title, int(width * 8.9))
     figure = Figure(figsize=(width, height), dpi=150)
     FigureCanvasAgg(figure)
@@ -68,7 +72,6 @@ def new_figure(
     figure.set_layout_engine(FrameLayout(top_inches=top, bottom_inches=bottom))
     x = 0.1 / width
     figure.text(x, 1 - 0.12 / height, "\n".join(heading), fontsize=13, fontweight="bold", va="top", linespacing=1.15)
-    context = f"{data.model} on {data.machine.title}" + (f"  ·  {subtitle}" if subtitle else "")
     figure.text(x, 1 - (0.14 + 0.22 * len(heading)) / height, context, fontsize=9, color=MUTED, va="top")
     if lines:
         figure.text(x, 0.07 / height, "\n".join(lines), fontsize=7.3, color=MUTED, va="bottom", linespacing=1.25)
