@@ -19,6 +19,8 @@ from ttt_sim.cli import _parser
 from ttt_sim.config.chip_schema import CHIP
 from ttt_sim.config.fields import Choice, Field
 from ttt_sim.config.groups import Group, Items
+from ttt_sim.drift import COLUMNS as DRIFT_COLUMNS
+from ttt_sim.drift import LARGEST, STORAGES
 from ttt_sim.lint import lint_file
 from ttt_sim.model import Carry, KVSettings, MethodSettings, TTTSettings, WeightWrite
 from ttt_sim.model_config import PRESETS
@@ -190,6 +192,23 @@ def test_ttt_settings_example_loads(tmp_path: Path) -> None:
     assert ttt_sim.load_ttt(path) == TTTSettings(
         chunk_tokens=2048, target="input_embed", carry="keep_z", weight_write="fused", fast_dtype="fp32"
     )
+
+
+# --- number formats ---------------------------------------------------------------------------------------------------
+
+
+def test_number_formats_are_documented() -> None:
+    document = "docs/number_formats.md"
+    assert names(table(document, "What is computed", "Format")) == list(STORAGES)
+    assert names(table(document, "Files", "Column")) == list(DRIFT_COLUMNS)
+    (subparsers,) = (a.choices for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    actions = {option: a for a in subparsers["drift"]._actions for option in a.option_strings if a.dest != "help"}
+    options = table(document, "Files", "Option")
+    assert names(options) == list(actions)
+    for row in options.rows:
+        defaults = ", ".join(str(actions[option].default) for option in CODE.findall(row[0]))
+        assert row[1] == defaults
+    assert [LARGEST[name] for name in ("width", "ff", "chunk")] == [256, 1024, 8192]
 
 
 # --- traces -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Drift of a fast weight in number formats: hand-computed cases, the reference, brute force, and what must not matter."""
+"""Drift of a fast weight in number formats: cases by hand, the reference, brute force, and what must not matter."""
 
 import hashlib
 import io
@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -143,7 +144,7 @@ def test_scale_is_a_power_of_two_that_leaves_headroom(name: str, size: float) ->
 
 def test_leaving_a_format_leaves_the_weight_as_it_was() -> None:
     weight = FastWeight.of(STORAGES["fp16"], np.full((2, 2), 60000.0))
-    with pytest.raises(InputError, match="weight: element .* 65504"):
+    with pytest.raises(InputError, match=r"weight: element .* 65504"):
         write(weight, np.full((2, 2), 10000.0))
     assert np.array_equal(weight.kept, np.full((2, 2), 60000.0))
     assert weight.nonzero == 0
@@ -180,15 +181,14 @@ def test_series_follow_the_streaming_form_bit_for_bit(small: Drift, name: str, c
     found, all_deltas = versions(SMALL, name, clip), deltas(SMALL)
     rows = series(small, name, clip)
     assert rows["chunk"].tolist() == list(recorded_chunks(SMALL.n_chunks))
-    for row in rows.itertuples():
-        assert row.distance == frobenius(found[row.chunk] - found[0])
-        assert row.largest_weight == np.abs(found[row.chunk]).max()
+    chunks = rows["chunk"].tolist()
+    assert rows["distance"].tolist() == [frobenius(found[chunk] - found[0]) for chunk in chunks]
+    assert rows["largest_weight"].tolist() == [np.abs(found[chunk]).max() for chunk in chunks]
     if name != "fp32_master":  # whose kept weight is not the applied one
         still = [int(((a == b) & (d != 0)).sum()) for a, b, d in zip(found, found[1:], all_deltas, strict=False)]
         total = [int((d != 0).sum()) for d in all_deltas]
-        for row in rows.itertuples():
-            assert row.swamped_frac == still[row.chunk - 1] / total[row.chunk - 1]
-            assert row.swamped_so_far_frac == sum(still[: row.chunk]) / sum(total[: row.chunk])
+        assert rows["swamped_frac"].tolist() == [still[chunk - 1] / total[chunk - 1] for chunk in chunks]
+        assert rows["swamped_so_far_frac"].tolist() == [sum(still[:chunk]) / sum(total[:chunk]) for chunk in chunks]
     assert rows["swamped_so_far_frac"].iloc[-1] > 0 or name.startswith("fp32")
 
 
@@ -285,7 +285,7 @@ def test_seed_matters(small: Drift) -> None:
 
 def test_bytes_are_the_same_on_every_machine(small: Drift) -> None:
     digest = hashlib.sha256(small.frame.to_csv(index=False, lineterminator="\n").encode()).hexdigest()
-    assert digest == "GOLDEN"
+    assert digest == "3a2201852bfddbff08819ef0da5a5ebe98297e67e4c87bc415b3a3c76558bff2"
 
 
 @pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 100, 1024, 1000, 16384])
@@ -311,7 +311,7 @@ def test_norm_has_no_range(scale: float) -> None:
 @pytest.fixture(scope="module")
 def overflowing() -> Drift:
     """Such a rate that fp8 is left at once, fp16 later, and bf16 and fp32 never."""
-    return run_drift(replace(SMALL, rate=1e10, clips=(None,), tokens=600 * 16))
+    return run_drift(replace(SMALL, rate=3e9, clips=(None,), tokens=600 * 16))
 
 
 def test_format_that_is_left_ends_its_series_alone(overflowing: Drift) -> None:
@@ -359,7 +359,7 @@ def test_findings_say_where_a_format_was_left(overflowing: Drift) -> None:
         ({"formats": ("bf61",)}, "formats: 'bf61' is unknown, did you mean bf16"),
     ],
 )
-def test_wrong_settings_are_refused(changes: dict[str, object], message: str) -> None:
+def test_wrong_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(SMALL, **changes)
 
@@ -399,6 +399,7 @@ def test_terminal_and_page_hold_the_same_numbers(fixture: str, request: pytest.F
 
 
 def test_folder_is_the_same_bytes_every_time(small: Drift, overflowing: Drift, tmp_path: Path) -> None:
+    blank = {name: [""] for name in COLUMNS if name not in ("format", "ended")}
     for drift in (small, overflowing):
         for name in ("a", "b"):
             write_drift(drift, tmp_path / name, command="c", version="0")
@@ -406,8 +407,8 @@ def test_folder_is_the_same_bytes_every_time(small: Drift, overflowing: Drift, t
         assert a == b
         assert sorted(a) == ["README.md", "drift.csv", "drift.png", "drift.svg", "summary.json"]
         ElementTree.fromstring(a["drift.svg"])
-        back = pd.read_csv(io.BytesIO(a["drift.csv"]), keep_default_na=True)
-        pd.testing.assert_frame_equal(back.fillna({"ended": ""}), drift.frame)
+        back = pd.read_csv(io.BytesIO(a["drift.csv"]), keep_default_na=False, na_values=blank)
+        pd.testing.assert_frame_equal(back, drift.frame)
 
 
 def test_one_chunk_is_enough(tmp_path: Path) -> None:
