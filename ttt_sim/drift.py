@@ -40,6 +40,7 @@ from ttt_sim.reference.formats import (
     round_to,
 )
 from ttt_sim.reference.in_place_ttt import ChunkRule, MlpWeights, TTTOptions
+from ttt_sim.units import ceil_div
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,8 +106,12 @@ RATES, CLIPS = (1e-12, 1e12), (1e-30, 1e30)
 _GATE, _UP, _DOWN, _TAPS, _PROJECTION, _PROBE = range(6)
 _INPUTS, _ROUNDING = 1 << 32, 1 << 33
 
-#: Rows that are computed at once: few enough for the caches.
+#: Most updates of a stream; a million updates of one token each would take hours.
+MOST_CHUNKS = 1 << 16
+
+#: Rows that are computed at once: few enough for the caches. And most elements of all their deltas in one format.
 BLOCK_ROWS = 1024
+_BLOCK_ELEMENTS = 1 << 20
 
 #: Columns of the frame, in order; docs/number_formats.md explains them.
 COLUMNS = (
@@ -152,6 +157,11 @@ class DriftSettings:
                 raise ConfigError(f"{name}: {value} is not between {least} and {LARGEST[name]}")
         if self.tokens < self.chunk:
             raise ConfigError(f"tokens: {self.tokens} must be at least one chunk of {self.chunk} tokens")
+        if self.n_chunks > MOST_CHUNKS:
+            raise ConfigError(
+                f"chunk: {self.chunk} makes {self.n_chunks} updates, at most {MOST_CHUNKS}; "
+                f"expected at least {ceil_div(self.tokens, MOST_CHUNKS)}"
+            )
         for name, (least_size, largest_size), sizes in (
             ("rate", RATES, (self.rate,)),
             ("clip", CLIPS, [clip for clip in self.clips if clip is not None]),
@@ -291,7 +301,7 @@ def _blocks(settings: DriftSettings, weights: MlpWeights, block_rows: int) -> It
     formats = {FLOAT32.name: FLOAT32}
     formats |= {s.delta_dtype.name: s.delta_dtype for s in (STORAGES[name] for name in settings.formats)}
     size = settings.chunk
-    per_block = max(block_rows // size, 1)
+    per_block = max(min(block_rows // size, _BLOCK_ELEMENTS // (settings.width * settings.ff)), 1)
     for first in range(0, settings.n_chunks, per_block):
         chunks = range(first, min(first + per_block, settings.n_chunks))
         rules = {clip: _rule(settings, weights, clip) for clip in (None, *settings.clips)}

@@ -351,6 +351,7 @@ def test_findings_say_where_a_format_was_left(overflowing: Drift) -> None:
     [
         ({"tokens": 0}, "tokens: 0 is not between 1 and"),
         ({"tokens": 10}, "tokens: 10 must be at least one chunk of 16 tokens"),
+        ({"tokens": 1 << 20, "chunk": 1}, "chunk: 1 makes 1048576 updates, at most 65536; expected at least 16"),
         ({"width": 257}, "width: 257 is not between 1 and 256"),
         ({"rate": math.nan}, "rate: nan is not between"),
         ({"clips": (None, 0.0)}, "clip: 0 is not between"),
