@@ -92,8 +92,8 @@ def dot_digits(a: FloatArray, b: FloatArray, fmt: Format, name: str = "product")
 def row_dot(a: FloatArray, b: FloatArray, fmt: Format, name: str = "sum") -> FloatArray:
     """(..., k) with (..., k) to (...): the dot product of each pair of rows, rounded once to ``fmt``."""
     a, b = np.broadcast_arrays(a, b)
-    if fmt is FLOAT64:
-        return dot_digits(a[..., None, :], b[..., :, None], fmt, name)[..., 0, 0]
+    if fmt is FLOAT64 or a.ndim == 1:
+        return np.asarray(dot_digits(a[..., None, :], b[..., :, None], fmt, name)[..., 0, 0])
     with np.errstate(over="ignore", invalid="ignore"):
         size = np.abs(a).max(axis=-1, initial=0) * np.abs(b).max(axis=-1, initial=0)
         y, undecided = _certified(np.asarray((a * b).sum(axis=-1)), size, a.shape[-1], fmt)

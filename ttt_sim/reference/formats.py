@@ -76,7 +76,8 @@ def wide_format(fmt: Format) -> Format:
 def nearest(x: FloatArray, fmt: Format) -> FloatArray:
     """``x`` rounded to ``fmt`` without a check of the range: too large numbers keep their rounded size."""
     if fmt is FLOAT64:
-        return x + 0.0
+        return np.asarray(x + 0.0)
+    shape, x = np.shape(x), np.atleast_1d(x)  # operations on arrays without dimensions would return scalars
     drop = _DOUBLE - fmt.precision
     bits = x.view(np.int64)
     # Half a unit less one, plus the last kept bit: a tie carries only from an odd number. A carry runs into the
@@ -92,7 +93,7 @@ def nearest(x: FloatArray, fmt: Format) -> FloatArray:
         quantum = 2.0**fmt.min_quantum
         y[small] = np.rint(x[small] / quantum) * quantum
     y += 0.0
-    return y
+    return y.reshape(shape)
 
 
 def round_to(x: npt.ArrayLike, fmt: Format, name: str = "value") -> FloatArray:
@@ -101,7 +102,7 @@ def round_to(x: npt.ArrayLike, fmt: Format, name: str = "value") -> FloatArray:
     Raises:
         InputError: a result would be beyond the format's largest number; the message calls it ``name``.
     """
-    y = nearest(np.ascontiguousarray(x, dtype=np.float64), fmt)
+    y = nearest(np.asarray(x, dtype=np.float64), fmt)
     check_range(y, fmt, name)
     return y
 
