@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ttt_sim.reference import elementary
-from ttt_sim.reference.checks import FloatArray, InputError
+from ttt_sim.reference.checks import FloatArray, InputError, as_count
 from ttt_sim.reference.formats import BFLOAT16, Format, nearest, round_to
 from ttt_sim.reference.in_place_ttt import TAPS, ChunkRule, FastWeight, MlpWeights, StreamingMlp, TTTOptions
 from ttt_sim.reference.kv_formats import KVFormat
@@ -44,6 +44,16 @@ class DecoderShape:
     projection: bool = True
     rotary_base: float = 1e6
     norm_epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise InputError(f"n_heads: is {self.n_heads}, expected a multiple of n_kv_heads, {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise InputError(f"head_dim: is {self.head_dim}, expected an even number: rotary embedding pairs elements")
+        if self.window is not None:
+            as_count("window", self.window)
+        if any(not 0 <= layer < self.n_layers for layer in self.ttt_layers):
+            raise InputError(f"ttt_layers: {self.ttt_layers}, expected layers from 0 to {self.n_layers - 1}")
 
 
 def parameter_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
@@ -149,6 +159,7 @@ class Decoder:
             projection=of("ttt_proj") if fast and self.shape.projection else None,
         )
 
+    @np.errstate(over="ignore")  # an infinity is an error where it is rounded
     def __call__(self, tokens: npt.NDArray[np.int64], *, logits: bool = True) -> Recorded:
         """The next ``tokens`` (batch, m) of every sequence.
 

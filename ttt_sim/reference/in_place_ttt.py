@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -37,6 +37,12 @@ from ttt_sim.reference.formats import BFLOAT16, FLOAT32, Format, round_to, wide_
 from ttt_sim.reference.meter import Meter, OpCount
 
 TAPS = 5
+
+Contraction = Literal["auto", "project_first", "outer_first"]
+Convolution = Literal["symmetric", "causal"]
+Carry = Literal["official", "ring", "keep_z", "online"]
+Write = Literal["official", "fused", "master"]
+_CHOICES = {"contraction": Contraction, "convolution": Convolution, "carry": Carry, "write": Write}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +80,11 @@ class TTTOptions:
 
     chunk: int
     rate: float
-    contraction: Literal["auto", "project_first", "outer_first"] = "auto"
-    convolution: Literal["symmetric", "causal"] = "symmetric"
+    contraction: Contraction = "auto"
+    convolution: Convolution = "symmetric"
     clip: float | None = None
-    carry: Literal["official", "ring", "keep_z", "online"] = "official"
-    write: Literal["official", "fused", "master"] = "official"
+    carry: Carry = "official"
+    write: Write = "official"
     own_targets: bool = True
     dtype: Format = BFLOAT16
     fast_dtype: Format = BFLOAT16
@@ -89,6 +95,9 @@ class TTTOptions:
             raise InputError(f"rate: is {self.rate!r}, expected a finite number")
         if self.clip is not None and not (np.isfinite(self.clip) and self.clip > 0):
             raise InputError(f"clip: is {self.clip!r}, expected a finite number above 0")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in get_args(choices):
+                raise InputError(f"{name}: is {getattr(self, name)!r}, expected one of {', '.join(get_args(choices))}")
 
     def outer_first(self, d_ff: int) -> bool:
         """Whether the outer product comes before the projection: cheaper when the chunk is at least d_ff long."""
@@ -269,6 +278,17 @@ class ChunkRule:
         return FastWeight(new) if w.master is None else FastWeight(c.write(new, o.fast_dtype), new)
 
 
+def _check_rows(x: FloatArray, t: FloatArray, batch: int, d: int) -> None:
+    """Raise :class:`InputError` unless ``x`` and ``t`` are finite, (batch, n, d) each, with n of at least 1."""
+    if x.ndim != 3 or x.shape[0] != batch or x.shape[1] < 1 or x.shape[2] != d:
+        raise InputError(f"x: shape is {x.shape}, expected ({batch}, at least 1, {d})")
+    if t.shape != x.shape:
+        raise InputError(f"t: shape is {t.shape}, expected {x.shape}, that of x")
+    for name, rows in (("x", x), ("t", t)):
+        if not np.isfinite(rows).all():
+            raise InputError(f"{name}: found an infinity or not a number, expected finite numbers")
+
+
 # --- streaming form ---------------------------------------------------------------------------------------------------
 
 
@@ -319,10 +339,19 @@ class StreamingMlp:
     @property
     def weight(self) -> FloatArray:
         """The current weight (batch, d, f)."""
-        return self.versions[-1].applied if self.versions else np.repeat(self._weights.down[None], self.batch, axis=0)
+        if self.versions:
+            return self.versions[-1].applied
+        down = round_to(self._weights.down, self.options.fast_dtype, "fast_init")
+        return np.repeat(down[None], self.batch, axis=0)
 
+    @np.errstate(over="ignore")  # an infinity is an error where it is rounded
     def __call__(self, x: FloatArray, t: FloatArray) -> FloatArray:
-        """Inputs and targets (batch, m, d) of the next m tokens to outputs (batch, m, d)."""
+        """Inputs and targets (batch, m, d) of the next m tokens to outputs (batch, m, d).
+
+        Raises:
+            InputError: a wrong shape, a value that is not finite, or a result beyond the range of its format.
+        """
+        _check_rows(x, t, self.batch, self._weights.d_model)
         if not self.versions:
             self.versions.append(self.rule.initial(self.batch))
         full = self.open.rows + x.shape[1] >= self.options.chunk
@@ -487,6 +516,7 @@ class _AllChunks:
 
     @staticmethod
     def of(weights: MlpWeights, options: TTTOptions, x: FloatArray, t: FloatArray) -> _AllChunks:
+        _check_rows(x, t, x.shape[0] if x.ndim else 1, weights.d_model)
         size, (batch, n, d) = options.chunk, x.shape
         n_chunks, n_full = -(-n // size), n // size
         rule = ChunkRule(weights=weights, options=options)
@@ -507,11 +537,15 @@ class _AllChunks:
         return y.reshape(batch, n_chunks * size, -1)[:, : self.tokens]
 
 
+@np.errstate(over="ignore")
 def parallel(weights: MlpWeights, options: TTTOptions, x: FloatArray, t: FloatArray) -> Outcome:
     """All chunks at once, as in training: y (batch, n, d) and every version of the weight (batch, d, f).
 
     The sum W_0 + E_0 + E_1 + ... is kept wide (float32, or float64 for float64 weights), and each partial sum is
     rounded where it is stored; the streaming form rounds the sum itself after every chunk.
+
+    Raises:
+        InputError: as :class:`StreamingMlp`.
     """
     chunks, fast = _AllChunks.of(weights, options, x, t), options.fast_dtype
     total = chunks.first_weight()
@@ -522,6 +556,7 @@ def parallel(weights: MlpWeights, options: TTTOptions, x: FloatArray, t: FloatAr
     return chunks.apply(versions), versions
 
 
+@np.errstate(over="ignore")
 def context_parallel(
     weights: MlpWeights, options: TTTOptions, x: FloatArray, t: FloatArray, *, devices: int
 ) -> Outcome:
@@ -532,7 +567,7 @@ def context_parallel(
     rounds, and applies. All sums are kept wide. Returns what :func:`parallel` returns.
 
     Raises:
-        InputError: fewer chunks than devices.
+        InputError: as :class:`StreamingMlp`; or fewer chunks than devices.
     """
     chunks, fast = _AllChunks.of(weights, options, x, t), options.fast_dtype
     wide, n_chunks, n_full = wide_format(fast), chunks.z.shape[1], chunks.scaled.shape[1]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ttt_sim.reference.checks import FloatArray, InputError
+from ttt_sim.reference.checks import FloatArray, InputError, as_count
 from ttt_sim.reference.formats import BFLOAT16, FLOAT8_E4M3, FLOAT16, FLOAT32, Format, nearest, round_to
 
 #: Plain formats by the short names that are used for caches.
@@ -38,6 +38,7 @@ class KVFormat:
     def __post_init__(self) -> None:
         if self.name not in PLAIN and self.name not in QUANTISED:
             raise InputError(f"KV format: {self.name!r} is unknown; expected one of {', '.join((*PLAIN, *QUANTISED))}")
+        as_count("group", self.group)
 
     @property
     def quantised(self) -> bool:
