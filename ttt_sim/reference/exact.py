@@ -55,12 +55,12 @@ def dot(a: FloatArray, b: FloatArray, fmt: Format, name: str = "product") -> Flo
         y, undecided = _certified(centre, size, a.shape[-1], fmt)
     n_undecided = int(np.count_nonzero(undecided))
     if n_undecided > _FEW * y.size:
-        return dot_digits(a, b, fmt, name)
-    if n_undecided:
+        y = _by_digits(a, b, fmt)
+    elif n_undecided:
         where = np.nonzero(undecided)
         rows = a[where[:-1]][:, None, :]
         cols = np.swapaxes(b, -1, -2)[(*where[:-2], where[-1])][:, :, None]
-        y[where] = dot_digits(rows, cols, fmt, name).reshape(-1)
+        y[where] = _by_digits(rows, cols, fmt).reshape(-1)
     check_range(y, fmt, name)
     return y
 
@@ -85,20 +85,29 @@ def _certified(centre: FloatArray, size: FloatArray, k: int, fmt: Format) -> tup
 def dot_digits(a: FloatArray, b: FloatArray, fmt: Format, name: str = "product") -> FloatArray:
     """:func:`dot` by digits alone, for every format."""
     _check_shapes(a, b)
+    y = _by_digits(a, b, fmt)
+    check_range(y, fmt, name)
+    return y
+
+
+def _by_digits(a: FloatArray, b: FloatArray, fmt: Format) -> FloatArray:
+    """:func:`dot_digits` without the check of the range."""
     grid = DigitGrid.of(a, b)
-    return grid.rounded(grid.partial(a, b), fmt, name)
+    return grid._values(grid.partial(a, b), fmt)
 
 
 def row_dot(a: FloatArray, b: FloatArray, fmt: Format, name: str = "sum") -> FloatArray:
     """(..., k) with (..., k) to (...): the dot product of each pair of rows, rounded once to ``fmt``."""
     a, b = np.broadcast_arrays(a, b)
     if fmt is FLOAT64 or a.ndim == 1:
-        return np.asarray(dot_digits(a[..., None, :], b[..., :, None], fmt, name)[..., 0, 0])
+        y = np.asarray(_by_digits(a[..., None, :], b[..., :, None], fmt)[..., 0, 0])
+        check_range(y, fmt, name)
+        return y
     with np.errstate(over="ignore", invalid="ignore"):
         size = np.abs(a).max(axis=-1, initial=0) * np.abs(b).max(axis=-1, initial=0)
         y, undecided = _certified(np.asarray((a * b).sum(axis=-1)), size, a.shape[-1], fmt)
     if undecided.any():
-        y[undecided] = dot_digits(a[undecided][:, None, :], b[undecided][:, :, None], fmt, name).reshape(-1)
+        y[undecided] = _by_digits(a[undecided][:, None, :], b[undecided][:, :, None], fmt).reshape(-1)
     check_range(y, fmt, name)
     return y
 
@@ -157,10 +166,12 @@ class DigitGrid:
 
     def rounded(self, total: IntArray, fmt: Format, name: str = "product") -> FloatArray:
         """The value of a sum on the grid, rounded once to ``fmt``; raises :class:`InputError` beyond its range."""
-        exponent = self.a_exponent + self.b_exponent - 2 * self.bits
-        y = _round_places(total, exponent, self.bits, fmt)
+        y = self._values(total, fmt)
         check_range(y, fmt, name)
         return y
+
+    def _values(self, total: IntArray, fmt: Format) -> FloatArray:
+        return _round_places(total, self.a_exponent + self.b_exponent - 2 * self.bits, self.bits, fmt)
 
 
 def _exponents(x: FloatArray, axis: int) -> IntArray:

@@ -112,7 +112,7 @@ def check_range(y: FloatArray, fmt: Format, name: str) -> None:
     if y.size and not float(np.abs(y).max()) <= fmt.largest:  # not a number compares false
         where = tuple(int(i) for i in np.argwhere(~(np.abs(y) <= fmt.largest))[0])
         raise InputError(
-            f"{name}: element {where} is {y[where]:.6g}, expected at most {fmt.largest:.6g} in size, "
+            f"{name}: element {where} is {y[where]:.9g}, expected at most {fmt.largest:.9g} in size, "
             f"the largest number of {fmt.name}"
         )
 
