@@ -1,4 +1,4 @@
-"""What tests of the reference share: an independent rounding by integers, cases, and the mapping from trace settings."""
+"""What tests of the reference share: rounding by integers, cases, and the mapping from the settings of a trace."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from math import ldexp
 from typing import Literal, NamedTuple
 
@@ -222,7 +223,7 @@ def trace_counts(trace: Trace) -> CountsByKey:
     """What each op of a trace says that it does."""
     out: CountsByKey = defaultdict(list)
     read, written = (
-        np.array([nbytes[a:b].sum() for a, b in zip(ptr[:-1], ptr[1:], strict=True)], dtype=np.int64)
+        np.array([nbytes[a:b].sum() for a, b in pairwise(ptr)], dtype=np.int64)
         for ptr, nbytes in ((trace.read_ptr, trace.read_bytes), (trace.write_ptr, trace.write_bytes))
     )
     columns = (trace.flops, trace.vector_ops, trace.exp_ops, trace.rsqrt_ops, trace.div_ops, read, written)

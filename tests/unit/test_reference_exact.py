@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from fractions import Fraction
+from itertools import pairwise
 from math import ldexp
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def test_parts_of_the_reduction_add_up_and_round_at_the_end(case, cuts):
         return
     grid = DigitGrid.of(a, b)
     edges = [0, *sorted(min(cut, k) for cut in cuts), k]
-    parts = [grid.partial(a[:, i:j], b[i:j]) for i, j in zip(edges, edges[1:], strict=False)]
+    parts = [grid.partial(a[:, i:j], b[i:j]) for i, j in pairwise(edges)]
     for order in (parts, parts[::-1]):
         total = order[0]
         kept = [part.copy() for part in order]

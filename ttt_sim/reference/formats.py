@@ -131,7 +131,8 @@ def round_stochastic(x: FloatArray, fmt: Format, random: npt.NDArray[np.uint64],
     scaled = np.ldexp(np.abs(x), -quantum)
     below = np.floor(scaled)
     threshold = (random >> np.uint64(32)).astype(np.float64) * 2.0**-32
-    up = (scaled - below) > threshold
+    with np.errstate(invalid="ignore"):  # an infinity is refused below
+        up = (scaled - below) > threshold
     y: FloatArray = np.copysign(np.ldexp(below + up, quantum), x) + 0.0
     check_range(y, fmt, name)
     return y
