@@ -250,7 +250,7 @@ class ChunkRule:
         if o.clip is None:
             return o.rate
         c, wide = self.count("delta_norm", chunk), wide_format(o.dtype)
-        flat = c.read(delta, delta_dtype).reshape(delta.shape[0], -1)
+        flat = c.read(delta, delta_dtype).reshape(delta.shape[0], delta.shape[1] * delta.shape[2])
         norm = round_to(np.sqrt(row_dot(flat, flat, wide, "delta_norm")), wide)
         c.lanes += 2 * flat.size  # multiply, add
         longer = norm > o.clip
@@ -308,7 +308,8 @@ class StreamingMlp:
 
     A call brings m rows after the r rows of an open chunk. While r + m < C the MLP runs on the new rows with the
     current weight. Otherwise it runs on all r + m rows (again, where the carry recomputes), chunk by chunk: apply, and
-    update if the chunk is full. Any split of a stream into calls gives the same bits.
+    update if the chunk is full. Any split of a stream into calls gives the same bits; the online carry, which rounds
+    its accumulator after every call, the same but for that rounding.
     """
 
     def __init__(
@@ -522,7 +523,7 @@ class _AllChunks:
         rule = ChunkRule(weights=weights, options=options)
         z = rule.hidden(np.pad(x, ((0, 0), (0, n_chunks * size - n), (0, 0)))).reshape(batch, n_chunks, size, -1)
         full_t = t[:, : n_full * size].reshape(batch * n_full, size, d)
-        delta = rule.delta(full_t, z[:, :n_full].reshape(batch * n_full, size, -1))
+        delta = rule.delta(full_t, z[:, :n_full].reshape(batch * n_full, size, weights.d_ff))
         scaled = round_to(rule.clipped_rate(delta, options.delta_dtype) * delta, options.delta_dtype, "delta_scale")
         return _AllChunks(rule=rule, z=z, scaled=scaled.reshape(batch, n_full, *delta.shape[1:]), tokens=n)
 
