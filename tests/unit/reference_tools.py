@@ -8,7 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from math import ldexp
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -156,6 +156,11 @@ def integer_case(*, d: int = 4, f: int = 6, n: int = 12, batch: int = 1) -> Case
 def options(fmt: Format = BF16, **changes) -> TTTOptions:
     """Five tokens per chunk, so that 23 tokens end in an open chunk."""
     return replace(TTTOptions(chunk=5, rate=0.5, dtype=fmt, fast_dtype=fmt), **changes)
+
+
+def changed(o: TTTOptions, **changes: Any) -> TTTOptions:
+    """``dataclasses.replace`` for choices that a test computes."""
+    return replace(o, **changes)
 
 
 # --- from the settings of a trace to the reference --------------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_any_float64_against_fractions(x, fmt):
         assert same_bits(round_to(np.array([x]), FORMATS[fmt]), np.array([float(want)]))
         assert is_in(np.array([x]), FORMATS[fmt]) == (want == Fraction(x))
     else:
-        with pytest.raises(InputError, match=f"^w: element .*largest number of {fmt}$"):
+        with pytest.raises(InputError, match=rf"^w: element .*largest number of {fmt}$"):
             round_to(np.array([x]), FORMATS[fmt], "w")
         assert not is_in(np.array([x]), FORMATS[fmt])
 
@@ -210,7 +210,7 @@ def test_range_ends_at_the_largest_number(fmt):
     check_range(np.zeros(0), FORMATS[fmt], "x")
     with np.errstate(over="ignore"):
         beyond = np.nextafter(largest, np.inf)
-    with pytest.raises(InputError, match="^x: element"):
+    with pytest.raises(InputError, match=r"^x: element"):
         check_range(np.array([0.0, -beyond]), FORMATS[fmt], "x")
     if fmt != "float64":  # what rounds to the largest number is in range
         assert round_to(np.array([-beyond]), FORMATS[fmt])[0] == -largest
@@ -309,7 +309,7 @@ def test_find_format():
     with pytest.raises(InputError, match=r"^kv: 'int3' is unknown; expected one of float32$"):
         find_format("int3", argument="kv", allowed=("float32",))
     for bad in (None, 16, np.float32, b"float32", ["float32"]):
-        with pytest.raises(InputError, match="^dtype: "):
+        with pytest.raises(InputError, match=r"^dtype: "):
             find_format(bad)
 
 
