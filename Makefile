@@ -22,7 +22,7 @@ help:
 	@echo "make lint     ruff, check only        make types    mypy"
 	@echo "make pytest   tests only (TESTS='...' chooses some, WORKERS=$(WORKERS) processes)"
 	@echo "make format   let ruff rewrite the code"
-	@echo "make golden   rewrite the golden cycle counts; review the diff"
+	@echo "make golden   rewrite the golden cycle counts and digests; review the diff"
 	@echo "make sample   rewrite the sample report; README quotes its first lines"
 	@echo "make bench    speed and memory of the engines and of the default run"
 	@echo "make wheel    build the wheel and the sdist into dist/"
