@@ -697,6 +697,18 @@ def test_clip_bounds_each_step_of_each_sequence(write, carry, contraction):
         assert_close(loose[:2], stream(case, free)[:2], 1e-6 if write == "master" else 1e-12)
 
 
+def test_clip_acts_from_its_own_length_on():
+    case = mlp_case(F64, n=5)
+    free = options(F64)
+    length = float(np.linalg.norm(deltas(case, free)[0]))
+    want = stream(case, free)[1]
+    assert same_bits(stream(case, replace(free, clip=length * (1 + 1e-9)))[1][1], want[1])
+    for shorter in (1e-9, 0.1, 0.5):
+        clipped = stream(case, replace(free, clip=length * (1 - shorter)))[1]
+        step = np.linalg.norm(clipped[1] - clipped[0]) / np.linalg.norm(want[1] - want[0])
+        assert step == pytest.approx(1 - shorter, rel=1e-12)
+
+
 def test_fused_write_rounds_once():
     """64 + 0.25 + 2**-12 in bf16 (spacing 0.5): rounding the delta first makes a tie that goes down."""
     weights = MlpWeights(
