@@ -93,6 +93,10 @@ def test_a_quantised_window_is_read_unquantised_by_the_call_that_brings_it():
     assert not same_bits(together[0], one_by_one[0])
     plain, _, _ = generate(small(window=5), [13])
     assert same_bits(together[0], plain[0])
+    # Token by token, a window that is never full is a full cache.
+    one_by_one, _, _ = generate(small(window=13, kv=shape.kv), [1] * 13)
+    full, _, _ = generate(small(kv=shape.kv), [1] * 13)
+    assert all(same_bits(a, b) for a, b in zip(one_by_one, full, strict=True))
     # Nothing but the cache is quantised: keys of layer 0 do not depend on attention.
     first, second = (generate(shape, calls)[2].caches[0] for calls in ([13], [1] * 13))
     assert same_bits(first.keys, second.keys)
