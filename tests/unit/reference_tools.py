@@ -1,4 +1,4 @@
-"""What tests of the reference share: rounding by integers, cases, and the mapping from the settings of a trace."""
+"""What tests of the reference share: rounding by integers, cases, and counts by op."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from math import ldexp
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ttt_sim.model import MethodSettings, Model, Scenario
+from ttt_sim.model import Scenario
 from ttt_sim.ops import OP_KINDS, Trace
 from ttt_sim.reference import MlpWeights, TTTOptions
-from ttt_sim.reference.decoder import DecoderShape
-from ttt_sim.reference.formats import FLOAT8_E4M3, FLOAT16, FLOAT32, FORMATS, Format, round_to
-from ttt_sim.reference.kv_formats import KVFormat
+from ttt_sim.reference.formats import FORMATS, Format, round_to
 from ttt_sim.reference.meter import Meter
 from ttt_sim.reference.randomness import normal, whole_numbers
 
@@ -163,49 +161,7 @@ def changed(o: TTTOptions, **changes: Any) -> TTTOptions:
     return replace(o, **changes)
 
 
-# --- from the settings of a trace to the reference --------------------------------------------------------------------
-
-_FORMATS = {"fp32": FLOAT32, "bf16": BF16, "fp16": FLOAT16, "fp8": FLOAT8_E4M3}
-
-
-def decoder_shape(model: Model, settings: MethodSettings, dtype: str = "bf16") -> DecoderShape:
-    """The reference's description of what a trace with these settings computes."""
-    ttt, kv = settings.ttt, settings.kv
-    chosen = None
-    if ttt is not None:
-        # Writes that are fused on chip, or tile by tile, give the same values.
-        write: Literal["official", "fused", "master"] = "fused"
-        if ttt.weight_write == "official" or ttt.weight_write == "master":
-            write = ttt.weight_write
-        chosen = TTTOptions(
-            chunk=ttt.chunk_tokens,
-            rate=ttt.rate,
-            contraction=ttt.contraction,
-            convolution=ttt.convolution,
-            clip=ttt.clip,
-            carry=ttt.carry,
-            write=write,
-            own_targets=ttt.target == "hidden_states",
-            dtype=_FORMATS[dtype],
-            fast_dtype=_FORMATS[ttt.fast_dtype],
-        )
-    return DecoderShape(
-        n_layers=model.n_layers,
-        d_model=model.d_model,
-        d_ff=model.d_ff,
-        n_heads=model.n_heads,
-        n_kv_heads=model.n_kv_heads,
-        head_dim=model.head_dim,
-        vocab_size=model.vocab_size,
-        tied_embeddings=model.tied_embeddings,
-        qk_norm=model.qk_norm,
-        dtype=_FORMATS[dtype],
-        kv=KVFormat(name=kv.dtype, group=kv.group, per_token_scale=kv.per_token_scale),
-        window=kv.window_tokens,
-        ttt_layers=ttt.layers_of(model) if ttt is not None else (),
-        ttt=chosen,
-        projection=ttt.projection if ttt is not None else True,
-    )
+# --- counts ------------------------------------------------------------------------------------------------------------
 
 
 class Counts(NamedTuple):

@@ -11,7 +11,6 @@ import pytest
 from tests.unit.reference_tools import (
     Counts,
     CountsByKey,
-    decoder_shape,
     meter_counts,
     scenario_of,
     trace_counts,
@@ -20,6 +19,7 @@ from tests.unit.trace_tools import TOY
 from ttt_sim.model import Call, MethodSettings, Model, Scenario, TTTSettings
 from ttt_sim.reference.decoder import Decoder, random_parameters, random_tokens
 from ttt_sim.reference.meter import Meter
+from ttt_sim.replay.settings import decoder_shape
 from ttt_sim.workload import METHODS, build_trace
 
 #: Toy with two narrow layers, of which the first has a fast weight: an op costs the same Python, but less arithmetic.
