@@ -50,7 +50,7 @@ def dot(a: FloatArray, b: FloatArray, fmt: Format, name: str = "product") -> Flo
     if fmt is FLOAT64:
         return dot_digits(a, b, fmt, name)
     with np.errstate(over="ignore", invalid="ignore"):
-        size = np.abs(a).max(axis=-1, keepdims=True, initial=0) * np.abs(b).max(axis=-2, keepdims=True, initial=0)
+        size = np.abs(a).sum(axis=-1, keepdims=True) * np.abs(b).max(axis=-2, keepdims=True, initial=0)
         centre = np.matmul(a, b)
         y, undecided = _certified(centre, size, a.shape[-1], fmt)
     n_undecided = int(np.count_nonzero(undecided))
@@ -66,14 +66,15 @@ def dot(a: FloatArray, b: FloatArray, fmt: Format, name: str = "product") -> Flo
 
 
 def _certified(centre: FloatArray, size: FloatArray, k: int, fmt: Format) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-    """``centre``, sums of k products of at most ``size`` in any order, rounded; and where that is not certain.
+    """``centre``, sums of k products in any order, rounded; and where that is not certain. ``size``: sum|a b| or more.
 
     Overwrites ``centre``.
     """
-    # sum|a b| <= k size; a little more for the rounding of these lines, and for products under the normal numbers.
+    # A little more than k u sum|a b|: for the rounding of ``size`` and of these lines, and for products under the
+    # normal numbers.
     error = np.abs(centre)
     error *= 2 * _UNIT
-    error += (k + 4) * (k + 4) * _UNIT * size
+    error += (k + 16) * _UNIT * size
     error += k * 2.0**-1073
     centre -= error
     y = nearest(centre, fmt)
@@ -104,8 +105,8 @@ def row_dot(a: FloatArray, b: FloatArray, fmt: Format, name: str = "sum") -> Flo
         check_range(y, fmt, name)
         return y
     with np.errstate(over="ignore", invalid="ignore"):
-        size = np.abs(a).max(axis=-1, initial=0) * np.abs(b).max(axis=-1, initial=0)
-        y, undecided = _certified(np.asarray((a * b).sum(axis=-1)), size, a.shape[-1], fmt)
+        products = a * b
+        y, undecided = _certified(np.asarray(products.sum(axis=-1)), np.abs(products).sum(axis=-1), a.shape[-1], fmt)
     if undecided.any():
         y[undecided] = _by_digits(a[undecided][:, None, :], b[undecided][:, :, None], fmt).reshape(-1)
     check_range(y, fmt, name)

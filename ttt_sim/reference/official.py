@@ -80,7 +80,7 @@ def _check_names(params: object) -> None:
 
 
 def _lengths(pieces: object, n: int) -> list[int]:
-    if not isinstance(pieces, Sequence) or isinstance(pieces, (str, bytes, bytearray)):
+    if not isinstance(pieces, (Sequence, np.ndarray)) or isinstance(pieces, (str, bytes, bytearray)):
         raise InputError(f"pieces: is {pieces!r}, expected a tuple of call lengths that add up to {n}")
     lengths = [as_count(f"pieces[{i}]", piece) for i, piece in enumerate(pieces)]
     if sum(lengths) != n:
