@@ -8,7 +8,7 @@ from ttt_sim.chip import Chip
 from ttt_sim.dtypes import DTYPES
 from ttt_sim.errors import ConservationError
 from ttt_sim.lower import Lowered
-from ttt_sim.lower.tiles import flops_per_cycle
+from ttt_sim.lower.tiles import product_rate
 from ttt_sim.lower.traffic import CACHED, FUSED, MAIN, SHARED
 from ttt_sim.ops import IntArray, OpClass, Trace, op_classes, total_by
 from ttt_sim.program import READ, WRITE, Program, Timeline
@@ -27,7 +27,7 @@ def roofline_cycles(trace: Trace, chip: Chip, lowered: Lowered) -> dict[str, flo
     matrix = 0.0
     for code in np.unique(trace.dtype[tiled]):
         flops = int(trace.flops[tiled & (trace.dtype == code)].sum())
-        matrix += flops / flops_per_cycle(chip, chip.unit("matrix"), DTYPES[int(code)], sustained=False)
+        matrix += flops / product_rate(chip, DTYPES[int(code)], sustained=False)
     if tiled.any():
         bounds[chip.unit("matrix").name] = matrix
     return bounds
@@ -53,12 +53,14 @@ def check(trace: Trace, chip: Chip, lowered: Lowered, timeline: Timeline) -> Non
 
     places = lowered.traffic.read_place
     skipped = sum(int(trace.read_bytes[places == place].sum()) for place in (CACHED, FUSED, SHARED))
+    skipped += int(lowered.traffic.read_hit_bytes.sum())
     units = np.array([name.split(".")[0] == chip.main_memory.name for name in program.unit_names], dtype=np.bool_)
     on_main = units[program.unit]
     reads = int(program.nbytes[on_main & (program.kind == READ)].sum())
     equal("bytes read from main memory", reads, int(trace.read_bytes.sum()) - skipped + int(work.restream_bytes.sum()))
     writes = int(program.nbytes[on_main & (program.kind == WRITE)].sum())
     kept = int(trace.write_bytes[lowered.traffic.write_place != MAIN].sum())
+    kept += int(lowered.traffic.write_hit_bytes.sum())
     equal("bytes written to main memory", writes, int(trace.write_bytes.sum()) - kept)
     equal("FLOPs", int(program.flops.sum()), int(trace.flops.sum()))
 

@@ -11,7 +11,16 @@ Execution = Literal["tile_wave", "systolic", "static_dataflow", "in_memory", "ev
 UnitKind = Literal["matrix", "vector", "special"]
 Scope = Literal["chip", "core"]
 Fusion = Literal["none", "vector", "epilogue", "layer"]
+Packing = Literal["always", "padding", "single"]
 WriteMode = Literal["free", "static_schedule", "reupload", "local_rule", "program_verify", "none"]
+#: Kernels with a share of the main-memory bandwidth of their own, the keys of ``library.stream_fraction``: all matrix
+#: products, attention cores, recurrent scans, and row-wise ops by kind.
+STREAMS: tuple[str, ...] = (
+    "product", "attention", "delta_rule",
+    "attn_norm", "qk_norm", "rope", "kv_append", "attn_residual", "mlp_norm", "carry_append", "silu_mul",
+    "mlp_residual", "final_norm", "target_conv", "delta_norm", "delta_scale", "weight_write", "layernorm", "softmax",
+    "gelu", "quantise",
+)  # fmt: skip
 Certainty = Literal["high", "medium", "low"]
 
 
@@ -100,7 +109,9 @@ class MemoryLevel:
 class Link:
     """A connection to other chips or the host (scope ``chip``) or between the cores of this one (scope ``core``).
 
-    ``bytes_per_s`` is one direction of all its lanes together.
+    ``bytes_per_s`` is one direction of all its lanes together. Collectives use one of two protocols: short messages go
+    in packets that carry their own flag (``short_frac`` of the bandwidth), long ones in bulk (``bulk_frac``) after
+    ``bulk_start_s`` more; either after ``start_s`` and ``latency_s`` for each step around the ring.
     """
 
     name: str
@@ -110,6 +121,10 @@ class Link:
     count: int = 1
     scope: Scope = "chip"
     energy_j_per_byte: float = 0.0
+    start_s: float = 0.0
+    short_frac: float = 1.0
+    bulk_frac: float = 1.0
+    bulk_start_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +149,67 @@ class MappingRules:
     multicast: int
     attention_efficiency: float
     cache_frac: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """Habits and fixed costs of the kernel library that a chip is run with; the defaults cost nothing.
+
+    ``kernel_cycles``        start, first loads and drain of any kernel, beyond the gap before it
+    ``reduction_cycles``     the second kernel, which adds the parts of a split reduction
+    ``small_tile_loss``      a tile of area a takes 1 + loss (sqrt(128 128 / a) - 1) times its share of the peak
+    ``drain_frac``           share of the scratchpad bandwidth at which result tiles leave a core
+    ``warm_frac``            share of the shared cache that operands of a repeated kernel find again
+    ``stream_frac``          share of the achievable main-memory bandwidth by kernel (:data:`STREAMS`), else 1
+    ``row_cycles``           a core is held by each row that an append stores
+    ``row_bytes``            longest row that a kernel which reduces over rows holds in a core; longer ones are read
+                             twice; 0: any
+    ``attention_rows, attention_short_rows``  query rows of an attention tile, and of the one for few rows
+    ``attention_packing``    query heads that share a KV head share tiles: always, to save padding, or only if one
+                             query row is left to each of them (``single``)
+    ``attention_setup_cycles``  kernels that prepare an attention core (schedules, tables)
+    ``attention_start_cycles, decode_start_cycles``  fixed time of a tile that has many rows, or a single query
+    ``decode_row_cycles``    what each query row of a tile with a single query per head adds: it is gathered on its own
+    ``attention_tail``       share of the longest tile that runs exposed at the end (0: longest first, greedily)
+    ``softmax_exposed``      share of the exponentials of a block that do not hide behind its products
+    ``core_fetch_bytes_per_cycle``  what one core can pull from main memory (bytes in flight over latency); 0: no limit
+    ``split_fill``           keys are split over cores while tiles fill less than this share of them
+    ``max_split``            most parts that keys are split into
+    ``combine_cycles, combine_split_cycles``  the kernel that joins the parts: fixed, and per part
+    ``regroup_cycles``       copies of grouped queries before and after a decode core with several KV heads
+    ``scan_setup_cycles``    kernels that prepare a recurrent step
+    ``scan_start_cycles, scan_chunk_cycles, scan_chunk_tokens``  a recurrent chain: start, and each chunk of tokens
+    ``scan_fetch_bytes_per_cycle``  what one core moves of the states of a recurrent step; 0: no limit
+    """
+
+    kernel_cycles: int = 0
+    reduction_cycles: int = 0
+    small_tile_loss: float = 0.0
+    drain_frac: float = 1.0
+    warm_frac: float = 1.0
+    stream_frac: Mapping[str, float] = field(default_factory=dict)
+    row_cycles: int = 0
+    row_bytes: int = 0
+    attention_rows: int = 128
+    attention_short_rows: int = 64
+    attention_packing: Packing = "always"
+    attention_setup_cycles: int = 0
+    attention_start_cycles: int = 0
+    decode_start_cycles: int = 0
+    decode_row_cycles: int = 0
+    attention_tail: float = 0.0
+    softmax_exposed: float = 0.0
+    core_fetch_bytes_per_cycle: float = 0.0
+    split_fill: float = 1.0
+    max_split: int = 1 << 20
+    combine_cycles: int = 0
+    combine_split_cycles: int = 0
+    regroup_cycles: int = 0
+    scan_setup_cycles: int = 0
+    scan_start_cycles: int = 0
+    scan_chunk_cycles: int = 0
+    scan_chunk_tokens: int = 64
+    scan_fetch_bytes_per_cycle: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +274,7 @@ class Chip:
     power: Power
     price: Price
     writability: Writability
+    library: Library = Library()
     process: str = ""
     die_area_mm2: float | None = None
     variant: str = ""

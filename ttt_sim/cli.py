@@ -30,6 +30,11 @@ DEFAULT_WINDOW = "1024"
 #: A longer prompt makes a trace of tens of millions of ops, which takes more memory than a report is worth.
 LONGEST_CONTEXT_TOKENS = 16 << 20
 
+#: Dimensions of an op that ``explain`` takes as options.
+SHAPE_OPTIONS = (
+    "m", "n", "k", "batch", "seq_q", "seq_kv", "n_heads", "n_kv_heads", "head_dim", "causal", "tp",
+)  # fmt: skip
+
 #: What ``run`` takes together with ``--trace``; every other option shapes a workload, and a saved trace is one already.
 REPLAY_OPTIONS = frozenset(
     {"command", "function", "chip", "variant", "overrides", "trace", "engine", "detail", "no_overlap", "out"}
@@ -156,6 +161,34 @@ def _parser() -> argparse.ArgumentParser:
     drift.add_argument("--seed", type=int, default=0, metavar="N", help="of inputs and rounding (default: %(default)s)")
     drift.add_argument("--out", metavar="DIR", default="reports/drift", help="folder of results (default: %(default)s)")
     drift.set_defaults(function=_drift)
+
+    predict = command("predict", "predict the latency of ops and whole models, row by row of a CSV file")
+    predict.add_argument("chip", metavar="CHIP|auto", help="chip, or auto: by the device of each row")
+    predict.add_argument("rows", metavar="ROWS.csv", help="rows, see docs/validation.md")
+    predict.add_argument("-o", "--out", required=True, metavar="OUT.csv", help="rows with their predictions")
+    predict.add_argument("--harness", metavar="NAME", help="how latencies are taken (default: by each row's source)")
+    predict.add_argument("--keep-going", action="store_true", help="leave out rows that are wrong, predict the rest")
+    _chip_options(predict)
+    predict.set_defaults(function=_predict)
+    validate = command("validate", "compare predictions with measurements; exit status 1 beyond the tolerances")
+    validate.add_argument("--data", metavar="DIR", help="folder of measured rows (default: published figures)")
+    validate.add_argument("--out", metavar="DIR", help="folder for the table and scatter figures")
+    validate.set_defaults(function=_validate)
+    explain = command("explain", "explain the predicted latency of one op")
+    explain.add_argument("chip", metavar="CHIP")
+    explain.add_argument("--op", required=True, help="gemm, bmm, attention_prefill, attention_decode, ...")
+    explain.add_argument("--dtype", default="bf16", help="operands (default: %(default)s)")
+    for name in SHAPE_OPTIONS:
+        explain.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N")
+    explain.add_argument("--harness", metavar="NAME", help="how the latency is taken (default: graph_replay)")
+    _chip_options(explain)
+    explain.set_defaults(function=_explain)
+    calibrate = command("calibrate", "fit the constants of a chip file to measured rows")
+    calibrate.add_argument("chip", metavar="CHIP", help="chip file, or the name of a built-in one")
+    calibrate.add_argument("rows", metavar="ROWS.csv", help="operator rows with latency_us, see docs/validation.md")
+    calibrate.add_argument("-o", "--out", required=True, metavar="NEW.yaml", help="the chip file with fitted constants")
+    _chip_options(calibrate)
+    calibrate.set_defaults(function=_calibrate)
 
     chips = command("chips", "list the built-in chips")
     chips.set_defaults(function=_chips)
@@ -370,6 +403,37 @@ def _drift(args: argparse.Namespace) -> int:
     write_drift(drift, out, command=_command_line(), version=__version__)
     print_drift(drift, out)
     return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from ttt_sim.predict.commands import predict_file
+
+    auto = args.chip == "auto"
+    if auto and (args.variant or args.overrides):
+        raise ConfigError("--variant and --set need a chip; auto chooses chip and variant by the device of each row")
+    chip = None if auto else _chip(args)
+    return predict_file(chip, Path(args.rows), Path(args.out), harness=args.harness, keep_going=args.keep_going)
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from ttt_sim.predict.commands import validate_command
+
+    return validate_command(
+        None if args.data is None else Path(args.data), None if args.out is None else Path(args.out)
+    )
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from ttt_sim.predict.commands import explain_command
+
+    numbers = {name: getattr(args, name) for name in SHAPE_OPTIONS}
+    return explain_command(_chip(args), args.op, args.dtype, numbers, args.harness)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from ttt_sim.predict.commands import calibrate_command
+
+    return calibrate_command(args.chip, _chip(args), Path(args.rows), Path(args.out))
 
 
 def _chips(_args: argparse.Namespace) -> int:

@@ -66,6 +66,8 @@ class OpClass(IntEnum):
     ATTENTION = 1  # `batch` sequences, m query rows, n key rows, head width k, `pairs` visible pairs per sequence
     VECTOR = 2  # m rows of width n on vector units, streaming its operands
     COPY = 3  # moves bytes, computes nothing
+    SCAN = 4  # `batch` sequences x `heads` states of k x n (fp32), updated along m tokens in order
+    COLLECTIVE = 5  # m elements on each of `heads` chips become their sum on all of them
 
 
 class OpKind(NamedTuple):
@@ -111,7 +113,17 @@ OP_KINDS: tuple[OpKind, ...] = (
     OpKind("delta_write", "U3+U5+U6", OpClass.MATMUL, "delta GEMM that accumulates into the fast weight"),
     OpKind("online_update", "C2", OpClass.MATMUL, "rank-one update of the online accumulator"),
     OpKind("fast_init", "C3", OpClass.COPY, "copy of the trained weight into a fast weight"),
+    OpKind("product", "M1", OpClass.MATMUL, "matrix product on its own"),
+    OpKind("layernorm", "M2", OpClass.VECTOR, "LayerNorm"),
+    OpKind("softmax", "M3", OpClass.VECTOR, "softmax of rows"),
+    OpKind("gelu", "M4", OpClass.VECTOR, "GELU"),
+    OpKind("quantise", "M5", OpClass.VECTOR, "quantisation of activations"),
+    OpKind("delta_rule", "M6", OpClass.SCAN, "gated delta rule in chunks: a fast-weight state per value head"),
+    OpKind("delta_step", "M6", OpClass.SCAN, "gated delta rule, one token"),
+    OpKind("allreduce", "M7", OpClass.COLLECTIVE, "sum over the chips of a tensor-parallel group"),
 )
+#: Kinds that no method emits: ops of which latencies are published, simulated one by one.
+MEASURED_ALONE: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("M"))
 KIND: Mapping[str, int] = {kind.name: code for code, kind in enumerate(OP_KINDS)}
 
 
@@ -139,9 +151,9 @@ class Trace:
     ``kind`` index into :data:`OP_KINDS`; ``phase`` a :class:`Phase`; ``layer`` -1 outside the layers; ``chunk`` index
     of the chunk of the sequence, -1 for ops that belong to none; ``step`` index of the call in the scenario;
     ``position`` tokens before that call; ``dtype`` index into :data:`DTYPES` of the multiplied operands; ``batch, m, n,
-    k`` as :class:`OpClass` says; ``heads, kv_heads, pairs`` for attention, else 0 (``pairs``: visible query-key pairs
-    per sequence); ``flops`` multiply-adds counted as two; ``vector_ops`` lane operations, of which ``exp_ops,
-    rsqrt_ops, div_ops`` are transcendental, reciprocal root and divide.
+    k`` as :class:`OpClass` says; ``heads, kv_heads, pairs`` for attention, ``heads`` also for scans and collectives,
+    else 0 (``pairs``: visible query-key pairs per sequence); ``flops`` multiply-adds counted as two; ``vector_ops``
+    lane operations, of which ``exp_ops, rsqrt_ops, div_ops`` are transcendental, reciprocal root and divide.
 
     Operands are kept as CSR columns: op i reads entries ``read_ptr[i]:read_ptr[i+1]`` of (``read_tensor``,
     ``read_version``, ``read_bytes``), and likewise for writes. ``after_ptr``/``after_idx`` are explicit extra
@@ -224,6 +236,10 @@ LANE_COST: Mapping[str, LaneCost] = {
     "delta_norm": LaneCost(lanes=2),
     "delta_scale": LaneCost(lanes=1),
     "weight_write": LaneCost(lanes=1),
+    "layernorm": LaneCost(lanes=6, rsqrt_per_row=1),
+    "softmax": LaneCost(lanes=32, exp=1),
+    "gelu": LaneCost(lanes=8, exp=1),
+    "quantise": LaneCost(lanes=3),
 }
 
 
@@ -250,8 +266,10 @@ def op_cost(
     if op_class == OpClass.ATTENTION:
         scores = batch * heads * pairs
         return OpCost(4 * k * scores, 5 * scores + extra_lanes, scores, 0, 0)
-    if op_class == OpClass.COPY:
+    if op_class in (OpClass.COPY, OpClass.COLLECTIVE):
         return OpCost(0, extra_lanes, 0, 0, 0)
+    if op_class == OpClass.SCAN:  # per token and state: k^T S, the outer product and q^T S
+        return OpCost(6 * batch * heads * m * n * k, extra_lanes, 0, 0, 0)
     rule, elements = LANE_COST[kind], batch * m * n
     roots = rule.rsqrt_per_row * batch * m
     lanes = rule.lanes * elements + roots + extra_lanes

@@ -28,6 +28,8 @@ def least_value(column: str) -> int:
 _NEEDED = {
     OpClass.MATMUL: ("k",),
     OpClass.ATTENTION: ("k", "heads", "kv_heads", "pairs"),
+    OpClass.SCAN: ("k", "heads"),
+    OpClass.COLLECTIVE: ("heads",),
 }
 _CODES = {"kind": len(OP_KINDS), "phase": len(Phase), "dtype": len(DTYPES)}
 

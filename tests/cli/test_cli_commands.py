@@ -13,7 +13,10 @@ from tests.cli.command import ROOT, environment, succeed, ttt_sim
 from ttt_sim.data_files import names
 from ttt_sim.workload import METHODS
 
-COMMANDS = ("run", "trace", "verify", "drift", "chips", "models", "show", "lint", "schema")
+COMMANDS = (
+    "run", "trace", "verify", "drift", "predict", "validate", "explain", "calibrate", "chips", "models", "show", "lint",
+    "schema",
+)  # fmt: skip
 
 
 def test_help_lists_every_command(tmp_path: Path) -> None:

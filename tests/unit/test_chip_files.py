@@ -116,7 +116,8 @@ def test_the_matrix_units_at_their_peak_draw_the_rest_of_the_power(name: str) ->
 def test_sustained_is_below_peak_and_attention_not_above_a_plain_product(device: str) -> None:
     chip = load_chip(device)
     unit = chip.unit("matrix")
-    assert all(0.4 < unit.efficiency[dtype] < 1 for dtype in unit.peak_per_s)
+    # 0.33 is measured: block-scaled fp8 products of the MI300X.
+    assert all(0.3 < unit.efficiency[dtype] < 1 for dtype in unit.peak_per_s)
     assert chip.mapping.attention_efficiency <= unit.efficiency["bf16"]
     assert 0.75 <= chip.main_memory.achievable_frac <= 0.95
 

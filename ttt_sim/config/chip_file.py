@@ -12,6 +12,7 @@ from ttt_sim import data_files
 from ttt_sim.chip import (
     Chip,
     ComputeUnit,
+    Library,
     Link,
     MappingRules,
     MemoryLevel,
@@ -258,6 +259,10 @@ def _build(values: Values, reader: Reader, *, variant: str, sha256: str, overrid
                 count=link["count"],
                 scope=link["scope"],
                 energy_j_per_byte=link["energy"],
+                start_s=link["start"],
+                short_frac=link["short_fraction"],
+                bulk_frac=link["bulk_fraction"],
+                bulk_start_s=link["bulk_start"],
             )
             for link in values["links"]
         ),
@@ -281,6 +286,7 @@ def _build(values: Values, reader: Reader, *, variant: str, sha256: str, overrid
             reupload_s=rules["reupload_time"],
             reupload_bytes_per_s=rules["reupload_bandwidth"],
         ),
+        library=_library(values["library"]),
         process=values["process"],
         die_area_mm2=values["die_area"],
         variant=variant,
@@ -307,6 +313,39 @@ def _unit(unit: Values) -> ComputeUnit:
         tiles=unit["tiles"] or default_tiles,
         startup_cycles=unit["startup"],
         ops_per_cycle=dict(unit["ops_per_cycle"]),
+    )
+
+
+def _library(rules: Values) -> Library:
+    return Library(
+        kernel_cycles=rules["kernel"],
+        reduction_cycles=rules["reduction"],
+        small_tile_loss=rules["small_tile_loss"],
+        drain_frac=rules["drain_fraction"],
+        warm_frac=rules["warm_fraction"],
+        stream_frac=dict(rules["stream_fraction"]),
+        row_cycles=rules["row"],
+        row_bytes=rules["row_capacity"] or 0,
+        attention_rows=rules["attention_rows"],
+        attention_short_rows=rules["attention_short_rows"],
+        attention_packing=rules["attention_packing"],
+        attention_setup_cycles=rules["attention_setup"],
+        attention_start_cycles=rules["attention_start"],
+        decode_start_cycles=rules["decode_start"],
+        decode_row_cycles=rules["decode_row"],
+        attention_tail=rules["attention_tail"],
+        softmax_exposed=rules["softmax_exposed"],
+        core_fetch_bytes_per_cycle=rules["core_fetch"],
+        split_fill=rules["split_fill"],
+        max_split=rules["max_split"],
+        combine_cycles=rules["combine"],
+        combine_split_cycles=rules["combine_split"],
+        regroup_cycles=rules["regroup"],
+        scan_setup_cycles=rules["scan_setup"],
+        scan_start_cycles=rules["scan_start"],
+        scan_chunk_cycles=rules["scan_chunk"],
+        scan_fetch_bytes_per_cycle=rules["scan_fetch"],
+        scan_chunk_tokens=rules["scan_chunk_tokens"],
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from ttt_sim.chip import Execution, Fusion, Scope, UnitKind, WriteMode
+from ttt_sim.chip import STREAMS, Execution, Fusion, Packing, Scope, UnitKind, WriteMode
 from ttt_sim.config.fields import Choice, Flag, JsonSchema, Number, Text, TextTable, TileList, WholeNumber
 from ttt_sim.config.groups import Group, Items, Table, Variants
 from ttt_sim.dtypes import DTYPES
@@ -49,6 +49,14 @@ def _count(doc: str, *, required: bool = False, default: int | None = None, posi
 def _amount(doc: str, *dimensions: Dimension, required: bool = False, default: float | None = None) -> Number:
     """A number that may be zero."""
     return Number(doc=doc, dimensions=dimensions, positive=False, required=required, default=default)
+
+
+def _cycles(doc: str) -> Number:
+    return Number(doc=f"{doc} Default 0 cycles.", dimensions=(CYCLES,), whole=True, positive=False, default=0)
+
+
+def _share(doc: str) -> Number:
+    return Number(doc=f"{doc} Default 1.", dimensions=(FRACTION,), maximum=1.0, default=1.0)
 
 
 def _rate(doc: str, *dimensions: Dimension, required: bool = False) -> Number:
@@ -211,6 +219,86 @@ _LINK = Group(
         "latency": _amount("One hop. Default 0 s.", TIME, default=0.0),
         "count": _count("Links that the bandwidth is spread over. Default 1.", default=1),
         "energy": _amount("Dynamic energy of moving data. Default 0 J/byte.", ENERGY_PER_BYTE, default=0.0),
+        "start": _amount("Fixed time of a collective over this link. Default 0 s.", TIME, default=0.0),
+        "short_fraction": _share("Share of the bandwidth that collectives reach with the protocol for short messages."),
+        "bulk_fraction": _share("Share that they reach with the protocol for long messages."),
+        "bulk_start": _amount("Time that the protocol for long messages adds. Default 0 s.", TIME, default=0.0),
+    },
+)
+
+_LIBRARY = Group(
+    doc="Habits and fixed costs of the kernels that the chip is run with. Default: none.",
+    fields={
+        "kernel": _cycles("Start, first loads and drain of any kernel, beyond the gap before it."),
+        "reduction": _cycles("The kernel that adds the parts of a split reduction."),
+        "small_tile_loss": _amount(
+            "A product tile of area a takes 1 + loss (sqrt(128 128 / a) - 1) times its share of the peak: small tiles "
+            "reuse operands less. Default 0.",
+            COUNT,
+            default=0.0,
+        ),
+        "drain_fraction": _share("Share of the scratchpad bandwidth at which result tiles leave a core."),
+        "warm_fraction": _share("Share of the shared cache in which a kernel that is repeated finds operands again."),
+        "stream_fraction": Table(
+            doc="Share of the achievable main-memory bandwidth that kernels reach: product, attention, delta_rule, or "
+            "the kind of a row-wise op. Default 1.",
+            keys=STREAMS,
+            value=Number(doc="Share of the bandwidth.", dimensions=(FRACTION,), maximum=1.0),
+            default={},
+        ),
+        "row": _cycles("Time that each row of an append holds a core."),
+        "row_capacity": Number(
+            doc="Longest row that a kernel which reduces over rows holds in a core; it reads longer ones twice. "
+            "Default: any.",
+            dimensions=(CAPACITY,),
+            whole=True,
+        ),
+        "attention_rows": WholeNumber(doc="Query rows of an attention tile. Default 128.", default=128),
+        "attention_short_rows": WholeNumber(doc="Those of the tile for few rows. Default 64.", default=64),
+        "attention_packing": Choice(
+            doc="When query heads that share a KV head share tiles. always; padding: if that saves padding; single: "
+            "if each has one query. Default always.",
+            options=get_args(Packing),
+            default="always",
+        ),
+        "attention_setup": _cycles("Kernels that prepare an attention core: schedules and tables."),
+        "attention_start": _cycles("Fixed time of an attention tile."),
+        "decode_start": _cycles("Fixed time of an attention tile with one query per head."),
+        "decode_row": _cycles("What each query row of such a tile adds, as it is gathered on its own."),
+        "attention_tail": Number(
+            doc="Share of the longest tile that runs alone at the end. Default 0: longest tiles first, greedily.",
+            dimensions=(FRACTION,),
+            positive=False,
+            maximum=1.0,
+            default=0.0,
+        ),
+        "softmax_exposed": Number(
+            doc="Share of the exponentials of a block that its products do not hide. Default 0.",
+            dimensions=(FRACTION,),
+            positive=False,
+            maximum=1.0,
+            default=0.0,
+        ),
+        "core_fetch": _amount(
+            "Bytes per cycle that one core can pull from main memory: bytes in flight over latency. Default 0: no "
+            "limit.",
+            COUNT,
+            default=0.0,
+        ),
+        "split_fill": _share("Keys are split over cores while tiles fill less than this share of them."),
+        "max_split": WholeNumber(doc="Most parts that keys are split into. Default 1048576.", default=1 << 20),
+        "combine": _cycles("The kernel that joins the parts of split keys."),
+        "combine_split": _cycles("What each part adds to it."),
+        "regroup": _cycles("Copies around a decode core of grouped queries with several KV heads."),
+        "scan_setup": _cycles("Kernels that prepare a recurrent step."),
+        "scan_start": _cycles("Fixed time of a recurrent chain."),
+        "scan_chunk": _cycles("Each chunk of a recurrent chain."),
+        "scan_fetch": _amount(
+            "Bytes per cycle that one core moves of the states of a recurrent step. Default 0: no limit.",
+            COUNT,
+            default=0.0,
+        ),
+        "scan_chunk_tokens": WholeNumber(doc="Tokens of such a chunk. Default 64.", default=64),
     },
 )
 
@@ -274,6 +362,7 @@ CHIP = Group(
             },
             required=True,
         ),
+        "library": _LIBRARY,
         "overheads": Group(
             doc="Time that no unit works. Default: none.",
             fields={

@@ -1,7 +1,7 @@
 """Cutting kernels into the tasks of a program.
 
-A kernel is a pipeline over ``steps`` steps; each step passes the levels read, cache, matrix, vector, special, write.
-Simulating every step would cost thousands of tasks per op, so steps are grouped into *pieces*:
+A kernel is a pipeline over ``steps`` steps; each step passes the levels read, cache, matrix, vector,
+special, link, write. Simulating every step would cost thousands of tasks per op, so steps are grouped into *pieces*:
 
 * A level that takes at least an eighth of the kernel's busiest level is *major*. It is cut into a head of one step
   (filling the pipeline), middle pieces, and a tail of one step (draining it). A middle piece of one level starts when
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from ttt_sim.chip import Chip
 from ttt_sim.lower.kernels import STREAMS, Kernels
-from ttt_sim.lower.work import CACHE, LEVELS, MATRIX, READ, VECTOR, WRITE, KernelWork
+from ttt_sim.lower.work import CACHE, LEVELS, LINK, MATRIX, READ, VECTOR, WRITE, KernelWork
 from ttt_sim.ops import IntArray
 from ttt_sim.program import COMPUTE, OVERHEAD, TASK_KINDS, Program
 from ttt_sim.program import READ as READ_TASK
@@ -32,7 +32,7 @@ from ttt_sim.program import WRITE as WRITE_TASK
 
 #: A level is major from this share of the busiest level on (one over it).
 MAJOR_SHARE = 8
-_LEVEL_KIND = (READ_TASK, COMPUTE, COMPUTE, COMPUTE, COMPUTE, WRITE_TASK)
+_LEVEL_KIND = (READ_TASK, COMPUTE, COMPUTE, COMPUTE, COMPUTE, COMPUTE, WRITE_TASK)
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -50,8 +50,11 @@ class Units:
     row_miss_cycles: IntArray
 
 
-def units_of(chip: Chip) -> Units:
-    """Engine units: a front end per stream, channel groups of the main memory, the shared cache, compute units."""
+def units_of(chip: Chip, *, linked: bool = False) -> Units:
+    """Engine units: a front end per stream, channel groups of the main memory, the shared cache, compute units.
+
+    ``linked`` adds one for the links to other chips.
+    """
     main = chip.main_memory
     names = [f"launch.{stream}" for stream in STREAMS]
     groups = [main.name] if main.channel_groups == 1 else [f"{main.name}.{g}" for g in range(main.channel_groups)]
@@ -61,6 +64,9 @@ def units_of(chip: Chip) -> Units:
     for level in LEVELS:
         if level in ("read", "write"):
             level_unit.append(memory)
+            continue
+        if level == "link" and not linked:
+            level_unit.append((0,))  # no kernel uses it
             continue
         if level == "cache":
             name = chip.cache.name if chip.cache else "cache"
@@ -139,7 +145,7 @@ def _share(total: IntArray, steps: IntArray, at: IntArray) -> IntArray:
 
 
 def _pieces(work: KernelWork, groups: int, detail: int) -> tuple[IntArray, BoolArray, IntArray]:
-    """(pieces of the major levels (n,), major (n, 6), pieces per level (n, 6)) within ``detail`` tasks per kernel.
+    """(pieces of the major levels (n,), major (n, 7), pieces per level (n, 7)) within ``detail`` tasks per kernel.
 
     A kernel needs three pieces per major level to overlap its levels, and two per minor one; a chip whose memory
     groups multiply the tasks may exceed ``detail`` for that.
@@ -171,7 +177,7 @@ def emit(chip: Chip, kernels: Kernels, work: KernelWork, needs_main: BoolArray, 
 
     ``needs_main`` (n_kernels,): the kernel loads from main memory what another kernel made.
     """
-    units = units_of(chip)
+    units = units_of(chip, linked=bool(work.cycles[:, LINK].any()))
     n = kernels.n
     groups = len(units.level_unit[READ])
     pieces, major, count = _pieces(work, groups, detail)

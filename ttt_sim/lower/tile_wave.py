@@ -11,11 +11,14 @@ from ttt_sim.chip import Chip, ComputeUnit, MemoryLevel
 from ttt_sim.dtypes import DTYPE_BITS, DTYPES
 from ttt_sim.errors import ConfigError
 from ttt_sim.lower.kernels import Kernels, sibling_group
-from ttt_sim.lower.tiles import TileWork, attention, flops_per_cycle, gemm
+from ttt_sim.lower.tiles import TileWork, attention, ceil_float, flops_per_cycle, gemm, product_rate
 from ttt_sim.lower.traffic import Traffic, usable_cache_bytes
-from ttt_sim.lower.work import CACHE, LEVELS, MATRIX, READ, SPECIAL, VECTOR, WRITE, KernelWork, OpTiles
-from ttt_sim.ops import IntArray, OpClass, Trace, lane_ops, op_classes, owners, total_by
+from ttt_sim.lower.work import CACHE, LEVELS, LINK, MATRIX, READ, SPECIAL, VECTOR, WRITE, KernelWork, OpTiles
+from ttt_sim.ops import KIND, OP_KINDS, IntArray, OpClass, Trace, lane_ops, op_classes, owners, total_by
+from ttt_sim.units import ceil_div
 
+#: Bytes of an element of a recurrent state (fp32).
+STATE_BYTES = 4
 #: Bytes of operands that one core streams per pipeline step of a row-wise kernel.
 STREAM_STEP_BYTES = 16 * 1024
 
@@ -41,10 +44,15 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
             "split",
             "rows",
             "cols",
+            "extra",
+            "link",
         )
     }
     main = chip.main_memory
-    op_tiles = _tiled(trace, chip, kernels, traffic, work)
+    share = _stream_share(trace, chip, kernels)
+    op_tiles = _tiled(trace, chip, kernels, traffic, share, work)
+    _scans(trace, chip, kernels, work)
+    _collectives(trace, chip, kernels, work)
 
     # Row-wise ops stream what they exchange with the cache once.
     op_class = op_classes(trace)
@@ -57,21 +65,24 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     row_steps = -(-traffic.on_chip_bytes // (chip.cores * STREAM_STEP_BYTES))
     steps = np.maximum(np.where(rowwise, row_steps, work["steps"]), 1)
 
+    work["restream"] += np.where(_rereads(trace, chip, kernels), traffic.main_read_bytes, 0)
     lanes, special_ops = (total_by(kernels.of_op, values, n) for values in lane_ops(trace))
     flops = total_by(kernels.of_op, trace.flops, n)
     read_bytes = traffic.main_read_bytes + work["restream"]
     cycles = np.zeros((n, len(LEVELS)), dtype=np.int64)
-    cycles[:, READ] = transfer_cycles(chip, main, read_bytes, write=False)
-    cycles[:, WRITE] = transfer_cycles(chip, main, traffic.main_write_bytes, write=True)
+    cycles[:, READ] = _slower(transfer_cycles(chip, main, read_bytes, write=False), share)
+    cycles[:, WRITE] = _slower(transfer_cycles(chip, main, traffic.main_write_bytes, write=True), share)
+    cycles[:, LINK] = work["link"]
     if chip.cache is not None and chip.cache is not main:
         cycles[:, CACHE] = transfer_cycles(chip, chip.cache, work["cache_bytes"], write=False)
     cycles[:, MATRIX] = work["matrix"]
     cycles[:, VECTOR], cycles[:, SPECIAL] = _vector_cycles(chip, lanes, special_ops)
+    cycles[:, VECTOR] += _append_cycles(trace, chip, kernels)
 
-    launch = np.full(n, chip.cycles(chip.overheads.op_launch_s), dtype=np.int64)
+    launch = np.full(n, chip.cycles(chip.overheads.op_launch_s) + chip.library.kernel_cycles, dtype=np.int64)
+    launch += work["extra"]
     if chip.mapping.serial_kernels:  # the first load of a kernel waits for nothing to hide its latency behind
         launch += np.where(cycles[:, READ] > 0, chip.cycles(main.latency_s), 0)
-    launch[work["split"] > 1] += chip.cycles(chip.overheads.op_launch_s)  # the reduction is a kernel of its own
     first_of_step = np.r_[True, np.diff(trace.step[kernels.lead]) != 0]
     launch[first_of_step] += chip.cycles(chip.overheads.call_s)
 
@@ -97,6 +108,92 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     )
 
 
+def _slower(cycles: IntArray, share: npt.NDArray[np.float64]) -> IntArray:
+    return np.ceil(cycles / share).astype(np.int64)
+
+
+#: Key of ``library.stream_fraction`` by class of op, where that is not the op's own kind.
+_STREAM_KEY = {OpClass.MATMUL: "product", OpClass.ATTENTION: "attention", OpClass.SCAN: "delta_rule"}
+
+
+def _stream_share(trace: Trace, chip: Chip, kernels: Kernels) -> npt.NDArray[np.float64]:
+    """Share of the achievable main-memory bandwidth by kernel: that of its products, else the least of its ops."""
+    rules = chip.library.stream_frac
+    by_kind = np.array([rules.get(_STREAM_KEY.get(kind.op_class, kind.name), 1.0) for kind in OP_KINDS])
+    tiled = np.isin(op_classes(trace), [int(op_class) for op_class in _STREAM_KEY])
+    share = np.ones(kernels.n, dtype=np.float64)
+    np.minimum.at(share, kernels.of_op[~tiled], by_kind[trace.kind[~tiled]])
+    share[kernels.of_op[tiled]] = by_kind[trace.kind[tiled]]
+    return share
+
+
+#: Row-wise ops that reduce over a row before they can store any of it, and the copies of it that a core holds: norms
+#: keep their weights beside it.
+_REDUCE_ROWS = {"attn_norm": 2, "mlp_norm": 2, "final_norm": 2, "layernorm": 2, "softmax": 1}
+
+
+def _rereads(trace: Trace, chip: Chip, kernels: Kernels) -> npt.NDArray[np.bool_]:
+    """Kernels that read their rows twice, because a row is longer than a core can hold."""
+    bits = np.array([DTYPE_BITS[dtype] for dtype in DTYPES], dtype=np.int64)[trace.dtype]
+    copies = np.array([_REDUCE_ROWS.get(kind.name, 0) for kind in OP_KINDS], dtype=np.int64)[trace.kind]
+    long = (copies * trace.n * bits > 8 * chip.library.row_bytes) & (chip.library.row_bytes > 0)
+    flags = np.zeros(kernels.n, dtype=np.bool_)
+    flags[kernels.of_op[long]] = True
+    return flags
+
+
+def _append_cycles(trace: Trace, chip: Chip, kernels: Kernels) -> IntArray:
+    """Each row that an append stores holds a core for a while, however narrow it is."""
+    rows = np.where(trace.kind == KIND["kv_append"], trace.batch * trace.m, 0) * chip.library.row_cycles
+    return -(-total_by(kernels.of_op, rows, kernels.n) // chip.cores)
+
+
+def _scans(trace: Trace, chip: Chip, kernels: Kernels, work: dict[str, IntArray]) -> None:
+    """Recurrent chains: one core per sequence and state, chunks of tokens strictly in order, chains in waves."""
+    rules = chip.library
+    for op in np.flatnonzero(op_classes(trace) == int(OpClass.SCAN)):
+        chains, tokens = int(trace.batch[op] * trace.heads[op]), int(trace.m[op])
+        kernel, waves = kernels.of_op[op], ceil_div(chains, chip.cores)
+        rate = product_rate(chip, DTYPES[int(trace.dtype[op])])
+        busy = ceil_float(int(trace.flops[op]) / rate)
+        steps = waves * ceil_div(tokens, rules.scan_chunk_tokens)
+        if trace.kind[op] == KIND["delta_rule"]:
+            chain = rules.scan_start_cycles + rules.scan_chunk_cycles * ceil_div(tokens, rules.scan_chunk_tokens)
+            busy = max(busy, waves * chain)
+        else:  # one token: the states stream through the cores
+            state = 2 * STATE_BYTES * chains * int(trace.n[op] * trace.k[op])
+            steps = ceil_div(state, chip.cores * STREAM_STEP_BYTES)
+            work["extra"][kernel] += rules.scan_setup_cycles
+            if rules.scan_fetch_bytes_per_cycle:
+                busy = max(busy, ceil_float(state / (chip.cores * rules.scan_fetch_bytes_per_cycle)))
+        work["matrix"][kernel] += busy
+        work["items"][kernel], work["waves"][kernel], work["split"][kernel] = chains, waves, 1
+        work["steps"][kernel] += steps
+
+
+def _collectives(trace: Trace, chip: Chip, kernels: Kernels, work: dict[str, IntArray]) -> None:
+    """Sums over chips, in a ring over the first link; the faster of two protocols (see :class:`ttt_sim.chip.Link`).
+
+    Raises:
+        ConfigError: the chip has no link to other chips.
+    """
+    ops = np.flatnonzero(op_classes(trace) == int(OpClass.COLLECTIVE))
+    if not ops.size:
+        return
+    link = next((link for link in chip.links if link.scope == "chip" and link.topology != "host"), None)
+    if link is None:
+        raise ConfigError(f"{chip.name}: the workload sums over several chips and the chip file has no link to others")
+    for op in ops:
+        ranks = int(trace.heads[op])
+        nbytes = int(trace.read_bytes[trace.read_ptr[op] : trace.read_ptr[op + 1]].sum())
+        fixed = link.start_s + 2 * (ranks - 1) * link.latency_s
+        moved = 2 * (ranks - 1) * nbytes / (ranks * link.bytes_per_s)
+        seconds = fixed + min(moved / link.short_frac, link.bulk_start_s + moved / link.bulk_frac)
+        kernel = kernels.of_op[op]
+        work["link"][kernel] += chip.cycles(seconds)
+        work["steps"][kernel] += 1
+
+
 def transfer_cycles(chip: Chip, memory: MemoryLevel, nbytes: IntArray, *, write: bool) -> IntArray:
     """Cycles in which all channels of ``memory`` together move ``nbytes`` (array), 0 for no bytes.
 
@@ -111,13 +208,21 @@ def transfer_cycles(chip: Chip, memory: MemoryLevel, nbytes: IntArray, *, write:
     return np.ceil(busiest / (per_cycle / memory.channels)).astype(np.int64)
 
 
-def _tiled(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: dict[str, IntArray]) -> OpTiles:
+def _tiled(
+    trace: Trace,
+    chip: Chip,
+    kernels: Kernels,
+    traffic: Traffic,
+    share: npt.NDArray[np.float64],
+    work: dict[str, IntArray],
+) -> OpTiles:
     """Add the GEMMs and attention cores; neighbouring sibling GEMMs of a kernel are one GEMM. Returns their tiles."""
-    table = {name: np.zeros(trace.n_ops, dtype=np.int64) for name in ("rows", "cols", "split", "depth", "offset")}
+    table = {name: np.zeros(trace.n_ops, dtype=np.int64) for name in OpTiles.__slots__}
     group = sibling_group()[trace.kind]
     op_class = op_classes(trace)
     main_cycles = transfer_cycles(chip, chip.main_memory, traffic.main_read_bytes, write=False)
     main_cycles += transfer_cycles(chip, chip.main_memory, traffic.main_write_bytes, write=True)
+    main_cycles = _slower(main_cycles, share)
     matmul = np.flatnonzero(op_class == int(OpClass.MATMUL))
     if matmul.size:
         kernel = kernels.of_op[matmul]
@@ -167,6 +272,7 @@ def _tiled(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: d
         inverse = inverse.reshape(-1)
         _add(work, kernels.of_op[core], inverse, streams)
         _note(table, core, inverse, streams)
+        table["heads"][core] = np.array([stream.heads_per_tile for stream in streams], dtype=np.int64)[inverse]
         passes = np.array([stream.kv_passes for stream in streams], dtype=np.int64)[inverse]
         np.add.at(work["restream"], kernels.of_op[core], (passes - 1) * kv_bytes)
     return OpTiles(**table)
@@ -190,6 +296,7 @@ def _add(work: dict[str, IntArray], kernel: IntArray, shape: IntArray, chosen: S
         ("core_bytes", [t.core_bytes for t in chosen]),
         ("matrix", [t.matrix_cycles for t in chosen]),
         ("steps", [t.steps for t in chosen]),
+        ("extra", [t.extra_cycles for t in chosen]),
     ):
         np.add.at(work[column], kernel, np.array(values, dtype=np.int64)[shape])
     largest = np.argsort(np.array([t.matrix_cycles for t in chosen], dtype=np.int64)[shape], kind="stable")
@@ -234,9 +341,13 @@ def _ceil(work: IntArray, rate: float) -> IntArray:
 
 
 def _rows(trace: Trace, kernels: Kernels) -> IntArray:
-    """The tensor that a kernel reads most of stands for the DRAM row it has open."""
-    kernel = kernels.of_op[owners(trace.read_ptr)]
-    order = np.lexsort((trace.read_bytes, kernel))
+    """The tensor that a kernel reads most of (or writes, if it reads none) stands for the DRAM row it has open."""
     rows: npt.NDArray[np.int64] = np.zeros(kernels.n, dtype=np.int64)
-    rows[kernel[order]] = trace.read_tensor[order]
+    for ptr, nbytes, tensor in (
+        (trace.write_ptr, trace.write_bytes, trace.write_tensor),
+        (trace.read_ptr, trace.read_bytes, trace.read_tensor),
+    ):
+        kernel = kernels.of_op[owners(ptr)]
+        order = np.lexsort((nbytes, kernel))
+        rows[kernel[order]] = tensor[order]
     return rows

@@ -14,6 +14,7 @@ there. Every operand of the trace lands in exactly one class, so the classes add
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,8 @@ class Traffic:
     ``main_read_bytes, main_write_bytes`` (n_kernels,) what crosses the main memory before re-streaming;
     ``on_chip_bytes`` (n_kernels,) operand bytes that kernels exchange with the shared cache, whatever their class.
     ``needs_main`` (n_kernels,) the kernel loads from main memory what another kernel of the trace made.
+    ``read_hit_bytes, write_hit_bytes`` (n_entries,) bytes of class MAIN that are in the cache from an earlier round of
+    a loop around the trace (see :func:`hit_share`).
     """
 
     read_place: IntArray
@@ -46,6 +49,8 @@ class Traffic:
     main_write_bytes: IntArray
     on_chip_bytes: IntArray
     needs_main: BoolArray
+    read_hit_bytes: IntArray
+    write_hit_bytes: IntArray
 
 
 def usable_cache_bytes(trace: Trace, chip: Chip) -> int:
@@ -128,8 +133,11 @@ def resolve_traffic(trace: Trace, chip: Chip, kernels: Kernels) -> Traffic:
     def per_kernel(kernel: IntArray, nbytes: IntArray, keep: BoolArray) -> IntArray:
         return total_by(kernel[keep], nbytes[keep], kernels.n)
 
-    main_read = per_kernel(read_kernel, trace.read_bytes, read_place == MAIN)
-    main_write = per_kernel(write_kernel, trace.write_bytes, write_place == MAIN)
+    share = _hit_shares(trace, chip)
+    read_hit = np.where(read_place == MAIN, _part(trace.read_bytes, share[trace.read_tensor]), 0)
+    write_hit = np.where(write_place == MAIN, _part(trace.write_bytes, share[trace.write_tensor]), 0)
+    main_read = per_kernel(read_kernel, trace.read_bytes - read_hit, read_place == MAIN)
+    main_write = per_kernel(write_kernel, trace.write_bytes - write_hit, write_place == MAIN)
     on_chip = per_kernel(read_kernel, trace.read_bytes, read_place <= CACHED)
     on_chip += per_kernel(write_kernel, trace.write_bytes, write_place <= CACHED)
     needs_main = np.zeros(kernels.n, dtype=np.bool_)
@@ -141,7 +149,38 @@ def resolve_traffic(trace: Trace, chip: Chip, kernels: Kernels) -> Traffic:
         main_write_bytes=main_write,
         on_chip_bytes=on_chip,
         needs_main=needs_main,
+        read_hit_bytes=read_hit,
+        write_hit_bytes=write_hit,
     )
+
+
+def hit_share(distance_bytes: int, usable_bytes: float) -> float:
+    """Share of an operand that a cache still holds when ``distance_bytes`` were touched since its last use, 0 to 1.
+
+    All of it while everything fits; beyond that the share falls with the square of the excess, between a cache that
+    keeps the oldest lines and one that keeps the newest (calibrated on repeated products; docs/hardware_model.md).
+    """
+    if distance_bytes <= usable_bytes:
+        return 1.0
+    part = usable_bytes / distance_bytes
+    return part * part
+
+
+def _hit_shares(trace: Trace, chip: Chip) -> npt.NDArray[np.float64]:
+    """Hit share by tensor. ``trace.meta["held"]`` maps the tensors of a repeated trace to the bytes that a loop around
+    it touches between two uses; tensors that it does not name come from main memory each time."""
+    shares = np.zeros(len(trace.tensors), dtype=np.float64)
+    held = trace.meta.get("held")
+    if isinstance(held, Mapping) and chip.cache is not None:
+        usable = chip.cache.capacity_bytes * chip.library.warm_frac
+        number = {tensor.name: index for index, tensor in enumerate(trace.tensors)}
+        for name, distance in held.items():
+            shares[number[name]] = hit_share(int(distance), usable)
+    return shares
+
+
+def _part(nbytes: IntArray, share: npt.NDArray[np.float64]) -> IntArray:
+    return np.floor(nbytes * share).astype(np.int64)
 
 
 def _repeated(kernel: IntArray, key: IntArray, nbytes: IntArray, eligible: BoolArray) -> BoolArray:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ttt_sim.ops import IntArray
 
 #: Levels of a kernel in the order in which data passes them; the task chain of one pipeline step.
-LEVELS: tuple[str, ...] = ("read", "cache", "matrix", "vector", "special", "write")
-READ, CACHE, MATRIX, VECTOR, SPECIAL, WRITE = range(len(LEVELS))
+LEVELS: tuple[str, ...] = ("read", "cache", "matrix", "vector", "special", "link", "write")
+READ, CACHE, MATRIX, VECTOR, SPECIAL, LINK, WRITE = range(len(LEVELS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -16,8 +16,8 @@ class OpTiles:
     """The tile that each op runs in, columns of length ``n_ops``, 0 for ops that are not tiled.
 
     ``rows`` x ``cols`` of the output; ``split`` parts of the reduction; ``depth`` elements of it per pipeline step;
-    ``offset`` first column of the op where sibling products run as one, side by side. Attention: packed query rows,
-    keys of a block, split of the keys, keys of a block.
+    ``offset`` first column of the op where sibling products run as one, side by side. Attention: query rows of
+    ``heads`` heads, keys of a block, split of the keys, keys of a block.
     """
 
     rows: IntArray
@@ -25,13 +25,14 @@ class OpTiles:
     split: IntArray
     depth: IntArray
     offset: IntArray
+    heads: IntArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class KernelWork:
     """Columns of length ``n_kernels``.
 
-    ``cycles`` (n_kernels, 6) service per level, 0 where the level is not used; ``steps`` pipeline steps that the kernel
+    ``cycles`` (n_kernels, 7) service per level, 0 where the level is not used; ``steps`` pipeline steps that the kernel
     takes (the head and the tail of the pipeline last one each); ``main_read_bytes, main_write_bytes`` with
     re-streaming; ``restream_bytes`` of the reads, beyond one pass; ``cache_bytes`` through the shared cache;
     ``core_bytes`` inside scratchpads; ``flops``; ``lane_ops`` without the special ones; ``special_ops``;

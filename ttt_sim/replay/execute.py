@@ -28,14 +28,12 @@ def whole(trace: Trace) -> TilingOf:
     """Every op as one tile, for executions without a chip."""
 
     def tiling(op: int) -> Tiling:
-        packed = int(trace.m[op])
+        m = int(trace.m[op])
         if trace.heads[op]:
-            packed *= int(trace.heads[op] // trace.kv_heads[op])
-            return Tiling(
-                tiles=((0, packed, 0, int(trace.k[op])),), parts=((0, int(trace.n[op])),), depth=int(trace.n[op])
-            )
+            heads, n = int(trace.heads[op] // trace.kv_heads[op]), int(trace.n[op])
+            return Tiling(tiles=((0, m * heads, 0, int(trace.k[op])),), parts=((0, n),), depth=n, heads=heads)
         k = int(trace.k[op])
-        return Tiling(tiles=((0, packed, 0, int(trace.n[op])),), parts=((0, k),), depth=k)
+        return Tiling(tiles=((0, m, 0, int(trace.n[op])),), parts=((0, k),), depth=k)
 
     return tiling
 

@@ -106,19 +106,22 @@ def attention(
 ) -> FloatArray:
     """``queries`` (batch, m, H, h), ``keys, values`` (batch, n, G, h), ``visible`` (m, n) to (batch, m, H, h).
 
-    A tile holds packed rows: the query rows of all heads that share a KV head, row after row.
+    A tile holds packed rows: the query rows of ``tiling.heads`` heads that share a KV head, row after row.
     """
     _check_parts(tiling, keys.shape[1])
     batch, m, heads, width = queries.shape
-    group = heads // keys.shape[2]
-    packed = queries.reshape(batch, m, -1, group, width).transpose(0, 2, 1, 3, 4).reshape(batch, -1, m * group, width)
-    k, v = keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)  # (batch, G, h, n), (batch, G, n, h)
-    seen = np.repeat(visible, group, axis=0)
+    packs = heads // tiling.heads
+    packed = queries.reshape(batch, m, packs, tiling.heads, width).transpose(0, 2, 1, 3, 4)
+    packed = packed.reshape(batch, packs, m * tiling.heads, width)
+    # (batch, packs, h, n) and (batch, packs, n, h)
+    k, v = (np.repeat(x, packs // keys.shape[2], axis=2) for x in (keys, values))
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    seen = np.repeat(visible, tiling.heads, axis=0)
     core = _online if mode == "hardware" else _at_once
     out = Cover(*packed.shape)
     for r0, r1, c0, c1 in tiling.tiles:
         out.store((r0, r1), (c0, c1), core(packed[:, :, r0:r1], k, v[..., c0:c1], seen[r0:r1], tiling, fmt))
-    tiles = out.complete().reshape(batch, -1, m, group, width)
+    tiles = out.complete().reshape(batch, packs, m, tiling.heads, width)
     return round_to(tiles.transpose(0, 2, 1, 3, 4).reshape(queries.shape), fmt, "attention")
 
 

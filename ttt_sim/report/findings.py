@@ -37,6 +37,26 @@ def answers(data: ReportData) -> list[str]:
             f"{tokens_label(smallest['context_tokens'])} tokens, batch {smallest['batch']}, "
             f"which needs {chips_text(smallest['chips_needed'])}."
         )
+    return out + _certainty(data)
+
+
+def _certainty(data: ReportData) -> list[str]:
+    """Error bars of the headline times, and what no measurement stands behind."""
+    out = []
+    for phase, at in data.headlines.items():
+        rows = fitting(select(data.points, phase=phase, context_tokens=at.context_tokens, batch=at.batch))
+        if not len(rows) or "seconds_low" not in rows:
+            continue
+        low = [100 * (float(r["seconds_low"]) / float(r["seconds"]) - 1) for r in rows.to_dict("records")]
+        high = [100 * (float(r["seconds_high"]) / float(r["seconds"]) - 1) for r in rows.to_dict("records")]
+        share = 100 * max(float(r["unmeasured_share"]) for r in rows.to_dict("records"))
+        text = f"Error bars, {phase}: 80 % of measurements are {min(low):+.0f} to {max(high):+.0f} % off this"
+        if share >= 0.5:
+            text += (
+                f"; kernels of TTT alone, up to {share:.0f} % of it, have no published measurement: the nearest are "
+                "the gated delta rule and plain products of their shapes"
+            )
+        out.append(text + ".")
     return out
 
 

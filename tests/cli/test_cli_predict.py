@@ -1,0 +1,127 @@
+"""The commands about measurements: predict, validate, explain, calibrate."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import succeed, ttt_sim
+from tests.unit.test_predict import HEADER, ROWS
+from ttt_sim.config import load_chip
+
+BAD = "H100-SXM5-80GB,bf16,gem,1,1,1,,,,,,,,,,\nH100-SXM5-80GB,bf16,gemm,0,1,1,,,,,,,,,,\n"
+
+
+def write(folder: Path, text: str, name: str = "rows.csv") -> str:
+    (folder / name).write_text(text, encoding="utf-8")
+    return name
+
+
+def test_predict_adds_columns_to_every_row(tmp_path: Path) -> None:
+    rows = write(tmp_path, HEADER + "\n".join(ROWS.values()) + "\n")
+    text = succeed("predict", "auto", rows, "-o", "out.csv", cwd=tmp_path)
+    assert text.splitlines()[0] == f"out.csv: {len(ROWS)} predictions"
+    with (tmp_path / "out.csv").open(encoding="utf-8") as stream:
+        found = list(csv.DictReader(stream))
+    assert [row["mine"] for row in found] == [line.rpartition(",")[2] for line in ROWS.values()]
+    for row in found:
+        assert float(row["low_us"]) <= float(row["predicted_us"]) <= float(row["high_us"])
+        assert row["bound_by"]
+        assert row["included"]
+
+
+def test_predict_on_one_chip_takes_overrides(tmp_path: Path) -> None:
+    rows = write(tmp_path, HEADER + ROWS["gemm"] + "\n")
+    times = []
+    for number, extra in enumerate(((), ("--set", "memories.hbm.read_bandwidth=6.7 TB/s"))):
+        succeed("predict", "h100", rows, "-o", f"{number}.csv", *extra, cwd=tmp_path)
+        with (tmp_path / f"{number}.csv").open(encoding="utf-8") as stream:
+            times.append(float(next(csv.DictReader(stream))["predicted_us"]))
+    assert times[1] < 0.8 * times[0]
+
+
+def test_predict_lists_every_bad_row(tmp_path: Path) -> None:
+    rows = write(tmp_path, HEADER + BAD + ROWS["gemm"] + "\n")
+    done = ttt_sim("predict", "auto", rows, "-o", "out.csv", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "rows.csv:2: op: 'gem' is unknown, did you mean gemm" in done.stderr
+    assert "rows.csv:3: m: '0' is not a whole number from 1 to" in done.stderr
+    assert not (tmp_path / "out.csv").exists()
+    text = succeed("predict", "auto", rows, "-o", "out.csv", "--keep-going", cwd=tmp_path)
+    assert [line.partition(": ")[0] for line in text.splitlines()[:3]] == ["left out", "left out", "out.csv"]
+    assert "out.csv: 1 predictions" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("predict", "auto", "none.csv", "-o", "o.csv"), "none.csv: no such file"),
+        (("predict", "h10", "rows.csv", "-o", "o.csv"), "unknown chip 'h10'"),
+        (("predict", "auto", "rows.csv", "-o", "o.csv", "--harness", "grap"), "--harness: 'grap' is unknown"),
+        (("predict", "auto", "rows.csv", "-o", "o.csv", "--variant", "x"), "--variant and --set need a chip"),
+        (("predict", "auto", "rows.csv", "-o", "no/o.csv"), "no/o.csv: cannot be written"),
+        (("predict", "a100", "fp8.csv", "-o", "o.csv"), "fp8.csv:2: a100: unit tensor_core has no peak for dtype fp8"),
+        (("predict", "auto", "empty.csv", "-o", "o.csv"), "empty.csv: has no rows"),
+        (("validate", "--data", "none"), "none: is not a folder with CSV files"),
+        (("explain", "h100", "--op", "gem"), "--op: 'gem' is unknown, did you mean gemm"),
+        (("explain", "h100", "--op", "gemm", "--m", "1"), "--op gemm: --n, --k are missing"),
+        (("explain", "h100", "--op", "gemm", "--m", "0", "--n", "1", "--k", "1"), "m: '0' is not a whole number"),
+        (("calibrate", "h100", "rows.csv", "-o", "n.yaml"), "has no operator rows with a latency_us"),
+    ],
+)
+def test_mistakes_end_with_a_message(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    write(tmp_path, HEADER + ROWS["norm"] + "\n")
+    write(tmp_path, HEADER + ROWS["fp8"] + "\n", "fp8.csv")
+    write(tmp_path, HEADER, "empty.csv")
+    done = ttt_sim(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_validate_without_data_uses_published_figures(tmp_path: Path) -> None:
+    text = succeed("validate", cwd=tmp_path)
+    assert "github:NVIDIA/TensorRT-LLM" in text
+    assert "A100 and H100: " in text
+    assert "EXCEEDED" not in text
+
+
+def test_validate_fails_beyond_a_tolerance_and_draws_figures(tmp_path: Path) -> None:
+    """Invented measurements, ten times what is predicted."""
+    (tmp_path / "data").mkdir()
+    header = HEADER.replace("mine", "source")
+    lines = [f"H100-SXM5-80GB,bf16,gemm,{m},4096,4096,,,,,,,,,{m + 150},aiconfigurator" for m in (16, 64, 256)]
+    write(tmp_path / "data", header + "\n".join(lines) + "\n")
+    done = ttt_sim("validate", "--data", "data", "--out", "figures", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "16-bit gemm, graph replay: " in done.stdout
+    assert "(3 rows) EXCEEDED" in done.stdout
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "validation.csv", "validate_product.png", "validate_product.svg",
+    }  # fmt: skip
+
+
+def test_explain_says_what_an_op_is_made_of(tmp_path: Path) -> None:
+    text = succeed("explain", "h100", "--op", "gemm", "--m", "64", "--n", "4096", "--k", "4096", cwd=tmp_path)
+    for words in ("80 % interval", "bound by memory", "tile 64 x 32", "waves", "main memory, reads: ", "fixed: ",
+                  "with twice the memory bandwidth: "):  # fmt: skip
+        assert words in text
+    decode = ("--batch", "8", "--seq-q", "1", "--seq-kv", "4096", "--n-heads", "32", "--n-kv-heads", "8")
+    text = succeed("explain", "a100", "--op", "attention_decode", *decode, "--head-dim", "128", cwd=tmp_path)
+    assert "KV cache append" in text
+    assert "attention core" in text
+
+
+def test_calibrate_writes_a_chip_file(tmp_path: Path) -> None:
+    lines = [f"H100-SXM5-80GB,bf16,gemm,{2**i},4096,{2**j},,,,,,,,,{8 + 2 ** (i + j) / 3e5},x" for i in range(4, 12)
+             for j in range(8, 13)]  # fmt: skip
+    rows = write(tmp_path, HEADER + "\n".join(lines) + "\n")
+    text = succeed("calibrate", "h100", rows, "-o", "mine.yaml", cwd=tmp_path)
+    assert "on held-out shapes" in text
+    chip = load_chip(tmp_path / "mine.yaml")
+    record = chip.provenance["library.kernel"].calibration
+    assert record["data"].startswith("rows.csv ")
+    assert record["rows"] == "40"
+    assert "mine.yaml: 0 errors" in succeed("lint", "mine.yaml", cwd=tmp_path)

@@ -1,0 +1,245 @@
+"""What the commands ``predict``, ``validate``, ``explain`` and ``calibrate`` print and write."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from ttt_sim.chip import Chip
+from ttt_sim.config.chip_file import read_chip_file
+from ttt_sim.data_files import did_you_mean
+from ttt_sim.errors import ConfigError
+from ttt_sim.predict.calibrate import calibrate, data_hash, updated_file
+from ttt_sim.predict.explain import explain
+from ttt_sim.predict.harness import DEFAULT_HARNESS, GROUP_OF_OP, HARNESSES
+from ttt_sim.predict.models import MODELS
+from ttt_sim.predict.predictions import Devices, Prediction, predict_rows, raise_problems, to_csv
+from ttt_sim.predict.published import published_rows
+from ttt_sim.predict.rows import OPERATORS, RowFile, parse_rows, read_rows
+from ttt_sim.predict.tolerances import MEASURED, PUBLISHED, Tolerance
+from ttt_sim.predict.validation import Line, Validation, apart, held_out_coverage, read_folder, validate
+
+EXIT_FAILED = 1
+#: Worst rows that are explained.
+N_WORST = 8
+
+
+def check_harness(name: str | None) -> None:
+    """Raise :class:`ConfigError` unless ``name`` is a harness or None."""
+    if name is not None and name not in HARNESSES:
+        raise ConfigError(
+            f"--harness: {name!r} is unknown{did_you_mean(name, tuple(HARNESSES))}; harnesses: {', '.join(HARNESSES)}"
+        )
+
+
+def read_for(path: Path, *, keep_going: bool) -> RowFile:
+    """Read a file of rows; raises every problem at once unless told to keep going."""
+    found = read_rows(path, models=tuple(MODELS))
+    if not keep_going:
+        raise_problems(found.problems)
+    if not found.rows:
+        raise_problems(found.problems)
+        raise ConfigError(f"{path}: has no rows")
+    return found
+
+
+def predict_file(chip: Chip | None, path: Path, out: Path, *, harness: str | None, keep_going: bool) -> int:
+    """Predict the rows of ``path`` into ``out``; None for ``chip`` chooses it by each row's device.
+
+    Raises:
+        WorkloadError: rows that cannot be read or run, all of them, unless ``keep_going``.
+    """
+    check_harness(harness)
+    found = read_for(path, keep_going=keep_going)
+    predictions, problems = predict_rows(found.rows, Devices(chip), harness=harness)
+    problems = [f"{path}:{text.removeprefix('line ')}" for text in problems]
+    if not keep_going:
+        raise_problems(problems)
+    done = [prediction for prediction in predictions if prediction is not None]
+    try:
+        out.write_text(to_csv(found.header, done), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error}") from None
+    for text in (*found.problems, *problems):
+        print(f"left out: {text}")
+    print(f"{out}: {len(done)} predictions")
+    measured = [p for p in done if p.ratio is not None]
+    if measured:
+        mape = 100 * float(np.mean([abs((p.ratio or 1.0) - 1) for p in measured]))
+        print(f"against the {len(measured)} measured rows: mean absolute error {mape:.1f} %")
+    return 0
+
+
+# --- validate ---------------------------------------------------------------------------------------------------------
+
+
+def validate_command(data: Path | None, out: Path | None) -> int:
+    """Compare with measurements of a folder, or with published figures; 1 if a tolerance is exceeded."""
+    devices = Devices()
+    if data is None:
+        result, tolerances = validate(published_rows(), devices), PUBLISHED
+        print("Published whole-model figures (no --data given):")
+        _print_published(result)
+    else:
+        rows, problems = read_folder(data)
+        result, tolerances = validate(rows, devices, problems), MEASURED
+    _print_lines(result.lines)
+    if data is not None:
+        coverage = held_out_coverage(result.predictions)
+        print("\nShare of held-out rows inside their 80 % interval:")
+        print("  " + ", ".join(f"{op} {share:.0f} %" for op, share in sorted(coverage.items())))
+        _print_worst(result)
+        _print_left_out(result.left_out)
+    if out is not None:
+        _write(result, out)
+    return _judge(result.predictions, tolerances)
+
+
+def _print_published(result: Validation) -> None:
+    for p in result.predictions:
+        row = p.row
+        print(
+            f"  {row.model} {row.dtype} on {row.tp} x {row.device}, batch {row.batch}, {row.context} + {row.out_len} "
+            f"tokens: predicted {p.predicted_us / 1e6:.3f} s ({p.low_us / 1e6:.3f} to {p.high_us / 1e6:.3f}), "
+            f"published {(row.latency_us or 0) / 1e6:.3f} s\n    {row.source}"
+        )
+    print()
+
+
+def _print_lines(lines: Sequence[Line]) -> None:
+    print(
+        f"{'device':17} {'op':21} {'n':>4} {'MAPE':>6} {'median':>6} {'ratio':>5} {'rank':>5} {'<10%':>5} {'<20%':>5} "
+        f"{'<50%':>5} {'in80%':>5} | {'roofline':>8} {'two-number':>10}"
+    )
+    for x in sorted(lines, key=lambda x: bool(x.apart)):
+        print(
+            f"{x.device:17} {x.op:21} {x.n:4} {x.mape:6.1f} {x.median:6.1f} {x.mean_ratio:5.2f} {x.rank:5.2f} "
+            f"{x.within_10:5.0f} {x.within_20:5.0f} {x.within_50:5.0f} {x.coverage:5.0f} | {x.roofline_mape:8.1f} "
+            f"{x.two_number_mape:10.1f}{f'  ({x.apart})' if x.apart else ''}"
+        )
+    print(
+        "MAPE, median: absolute percentage error. ratio: geometric mean of predicted over measured. rank: Spearman. "
+        "two-number: a floor\nand an efficiency per source, dtype and op, fitted to other folds of shapes. Lines in "
+        "brackets do not count."
+    )
+
+
+def _print_worst(result: Validation) -> None:
+    print("\nRows that are farthest off:")
+    counted = [p for p in result.predictions if not apart(p.row)]
+    for p in sorted(counted, key=lambda p: -abs(np.log(p.ratio or 1.0)))[:N_WORST]:
+        row = p.row
+        names = ("m", "n", "k", "batch", "seq_q", "seq_kv", "n_heads", "n_kv_heads", "head_dim", "tp", "context")
+        shape = " ".join(f"{name}={getattr(row, name)}" for name in names if getattr(row, name))
+        side = "slower" if (p.ratio or 1.0) < 1 else "faster"
+        print(
+            f"  {row.device} {row.op} {row.dtype} {shape} {row.model}: measured {row.latency_us:.1f} us "
+            f"({row.source}), predicted {p.predicted_us:.1f} us\n    bound by {p.bound_by}, holds {p.included}; "
+            f"the measured kernel is {max(p.ratio or 1.0, 1 / (p.ratio or 1.0)):.1f} times {side}"
+        )
+
+
+def _print_left_out(problems: Sequence[str]) -> None:
+    if not problems:
+        return
+    kinds: dict[str, int] = {}
+    for text in problems:
+        kind = text.split(": ", 1)[1] if ": " in text else text
+        kind = kind.split(" is unknown")[0].split("; ")[0]
+        kinds[kind] = kinds.get(kind, 0) + 1
+    print(f"\nLeft out, {len(problems)} rows or faults of rows:")
+    for kind, count in sorted(kinds.items(), key=lambda item: -item[1])[:12]:
+        print(f"  {count:4} {kind}")
+
+
+def _judge(predictions: Sequence[Prediction], tolerances: Sequence[Tolerance]) -> int:
+    print("\nTolerances (mean absolute percentage error):")
+    failed = 0
+    for tolerance in tolerances:
+        errors = [abs((p.ratio or 1.0) - 1) * 100 for p in predictions if tolerance.rows(p.row)]
+        if not errors:
+            print(f"  {tolerance.title}: no rows")
+            continue
+        error = float(np.mean(errors))
+        failed += error > tolerance.limit
+        verdict = "ok" if error <= tolerance.limit else "EXCEEDED"
+        print(f"  {tolerance.title}: {error:.1f} of {tolerance.limit:g} ({len(errors)} rows) {verdict}")
+    return EXIT_FAILED if failed else 0
+
+
+def _write(result: Validation, out: Path) -> None:
+    from ttt_sim.predict.scatter import draw_scatters
+
+    try:
+        files = draw_scatters(result.predictions, out)
+        with (out / "validation.csv").open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            names = [field.name for field in fields(Line)]
+            writer.writerow(names)
+            writer.writerows([[getattr(line, name) for name in names] for line in result.lines])
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error}") from None
+    print(f"\n{out}: validation.csv and {len(files)} figures")
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+def explain_command(chip: Chip, op: str, dtype: str, numbers: Mapping[str, int | None], harness: str | None) -> int:
+    """Print the explanation of one op."""
+    check_harness(harness)
+    if op not in OPERATORS:
+        raise ConfigError(f"--op: {op!r} is unknown{did_you_mean(op, tuple(OPERATORS))}; ops: {', '.join(OPERATORS)}")
+    given = {name: value for name, value in numbers.items() if value is not None}
+    missing = [name for name in OPERATORS[op] if name not in given and name != "causal"]
+    if missing:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise ConfigError(f"--op {op}: {options} {'is' if len(missing) == 1 else 'are'} missing")
+    if op == "attention_prefill":
+        given.setdefault("causal", 1)
+    text = (
+        ",".join(["device", "dtype", "op", *given]) + "\n" + ",".join([chip.name, dtype, op, *map(str, given.values())])
+    )
+    found = parse_rows(text, "row")
+    raise_problems([problem.removeprefix("row:2: ") for problem in found.problems])
+    explanation = explain(found.rows[0], chip, harness=harness or DEFAULT_HARNESS)
+    print("\n".join(explanation.lines))
+    return 0
+
+
+# --- calibrate --------------------------------------------------------------------------------------------------------
+
+
+def calibrate_command(chip_name: str, chip: Chip, path: Path, out: Path) -> int:
+    """Fit the constants of a chip to the rows of ``path`` and write its file anew to ``out``."""
+    found = read_for(path, keep_going=False)
+    rows = [row for row in found.rows if row.latency_us is not None and row.op in OPERATORS]
+    if not rows:
+        raise ConfigError(f"{path}: has no operator rows with a latency_us to fit")
+    fit = calibrate(dict.fromkeys(dict.fromkeys(row.device for row in rows), chip), rows)
+    file = read_chip_file(chip_name)
+    data = f"{path.name} {data_hash(path.read_text(encoding='utf-8-sig'))}"
+    date = datetime.now(tz=UTC).date().isoformat()
+    text = updated_file(file.path.read_text(encoding="utf-8"), chip, fit, data=data, date=date)
+    try:
+        out.write_text(text.replace(f"name: {chip.name}\n", f"name: {out.stem}\n", 1), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error}") from None
+    read_chip_file(out)  # what was written must be a chip file
+    ops = sorted({GROUP_OF_OP[row.op] for row in rows})
+    print(f"{len(rows)} rows ({', '.join(ops)}): error {fit.before:.1f} % before, {fit.after:.1f} % after, "
+          f"{fit.held_out:.1f} % on held-out shapes")  # fmt: skip
+    names = list(fit.values)
+    for i, name in enumerate(names):
+        others = [(abs(fit.correlation[i, j]), names[j]) for j in range(len(names)) if j != i]
+        tied = f", most correlated with {max(others)[1]} ({max(others)[0]:.2f})" if others else ""
+        print(f"  {name}: {fit.values[name]:.4g}{tied}")
+    for name, reason in fit.refused.items():
+        print(f"  {name}: kept, {reason}")
+    print(f"{out}: written")
+    return 0
