@@ -173,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     validate = command("validate", "compare predictions with measurements; exit status 1 beyond the tolerances")
     validate.add_argument("--data", metavar="DIR", help="folder of measured rows (default: published figures)")
     validate.add_argument("--out", metavar="DIR", help="folder for the table and scatter figures")
+    validate.add_argument("--refit", action="store_true", help="also fit constants anew: held-out and transfer errors")
     validate.set_defaults(function=_validate)
     explain = command("explain", "explain the predicted latency of one op")
     explain.add_argument("chip", metavar="CHIP")
@@ -418,9 +419,8 @@ def _predict(args: argparse.Namespace) -> int:
 def _validate(args: argparse.Namespace) -> int:
     from ttt_sim.predict.commands import validate_command
 
-    return validate_command(
-        None if args.data is None else Path(args.data), None if args.out is None else Path(args.out)
-    )
+    data, out = (None if path is None else Path(path) for path in (args.data, args.out))
+    return validate_command(data, out, refit=args.refit)
 
 
 def _explain(args: argparse.Namespace) -> int:

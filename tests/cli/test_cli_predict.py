@@ -64,6 +64,7 @@ def test_predict_lists_every_bad_row(tmp_path: Path) -> None:
         (("predict", "auto", "rows.csv", "-o", "no/o.csv"), "no/o.csv: cannot be written"),
         (("predict", "a100", "fp8.csv", "-o", "o.csv"), "fp8.csv:2: a100: unit tensor_core has no peak for dtype fp8"),
         (("predict", "auto", "empty.csv", "-o", "o.csv"), "empty.csv: has no rows"),
+        (("validate", "--refit"), "--refit needs measured rows"),
         (("validate", "--data", "none"), "none: is not a folder with CSV files"),
         (("explain", "h100", "--op", "gem"), "--op: 'gem' is unknown, did you mean gemm"),
         (("explain", "h100", "--op", "gemm", "--m", "1"), "--op gemm: --n, --k are missing"),

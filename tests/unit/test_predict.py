@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ttt_sim
 from ttt_sim.errors import ConfigError, WorkloadError
@@ -19,7 +21,7 @@ from ttt_sim.predict.models import MODELS, parts_of
 from ttt_sim.predict.predictions import Devices, predict_rows, to_csv
 from ttt_sim.predict.predictor import simulate_steps
 from ttt_sim.predict.published import published_rows
-from ttt_sim.predict.rows import OPERATORS, OPS, SCHEMA, Row, parse_rows
+from ttt_sim.predict.rows import OPERATORS, OPS, SCHEMA, WHOLE_COLUMNS, Row, parse_rows
 from ttt_sim.predict.validation import fold_of, rank_correlation, two_numbers, validate
 from ttt_sim.predict.workloads import product_step, step_of
 from ttt_sim.simulation import simulate_trace
@@ -185,6 +187,27 @@ def test_harness_decides_what_is_in() -> None:
         for weights in ("cold", "rotated", "warm")
     )
     assert warm < rotated <= cold
+
+
+@settings(max_examples=80)
+@given(
+    op=st.sampled_from(sorted(OPS)),
+    dtype=st.sampled_from(["bf16", "fp8", "fp32", "int8"]),
+    device=st.sampled_from(["H100-SXM5-80GB", "A100-80GB", "MI300X", "tiny_gpu"]),
+    source=st.sampled_from(["", "vidur", "NeuSight", "LLMCompass"]),
+    numbers=st.lists(st.sampled_from([1, 2, 3, 7, 64, 1000, 1 << 13, 1 << 20, 1 << 40]), min_size=13, max_size=13),
+)
+def test_any_row_is_predicted_or_named(op: str, dtype: str, device: str, source: str, numbers: list[int]) -> None:
+    header = ("device", "dtype", "op", "source", "model", *WHOLE_COLUMNS)
+    cells = [device, dtype, op, source, "Llama-3-8B", *map(str, numbers)]
+    cells[header.index("causal")] = str(numbers[0] % 2)
+    found = parse_rows(",".join(header) + "\n" + ",".join(cells) + "\n", "x", models=tuple(MODELS))
+    assert bool(found.rows) != bool(found.problems)
+    predictions, problems = predict_rows(found.rows, Devices())
+    for p in predictions:
+        assert (p is None) == bool(problems)
+        if p is not None:
+            assert 0 < p.low_us <= p.predicted_us <= p.high_us < float("inf")
 
 
 def test_more_work_takes_longer() -> None:

@@ -14,13 +14,13 @@ from ttt_sim.chip import Chip
 from ttt_sim.config.chip_file import read_chip_file
 from ttt_sim.data_files import did_you_mean
 from ttt_sim.errors import ConfigError
-from ttt_sim.predict.calibrate import calibrate, data_hash, updated_file
+from ttt_sim.predict.calibrate import calibrate, data_hash, updated_file, with_values
 from ttt_sim.predict.explain import explain
 from ttt_sim.predict.harness import DEFAULT_HARNESS, GROUP_OF_OP, HARNESSES
 from ttt_sim.predict.models import MODELS
 from ttt_sim.predict.predictions import Devices, Prediction, predict_rows, raise_problems, to_csv
 from ttt_sim.predict.published import published_rows
-from ttt_sim.predict.rows import OPERATORS, RowFile, parse_rows, read_rows
+from ttt_sim.predict.rows import OPERATORS, Row, RowFile, parse_rows, read_rows
 from ttt_sim.predict.tolerances import MEASURED, PUBLISHED, Tolerance
 from ttt_sim.predict.validation import Line, Validation, apart, held_out_coverage, read_folder, validate
 
@@ -78,9 +78,11 @@ def predict_file(chip: Chip | None, path: Path, out: Path, *, harness: str | Non
 # --- validate ---------------------------------------------------------------------------------------------------------
 
 
-def validate_command(data: Path | None, out: Path | None) -> int:
+def validate_command(data: Path | None, out: Path | None, *, refit: bool) -> int:
     """Compare with measurements of a folder, or with published figures; 1 if a tolerance is exceeded."""
     devices = Devices()
+    if refit and data is None:
+        raise ConfigError("--refit needs measured rows, give their folder with --data")
     if data is None:
         result, tolerances = validate(published_rows(), devices), PUBLISHED
         print("Published whole-model figures (no --data given):")
@@ -93,11 +95,46 @@ def validate_command(data: Path | None, out: Path | None) -> int:
         coverage = held_out_coverage(result.predictions)
         print("\nShare of held-out rows inside their 80 % interval:")
         print("  " + ", ".join(f"{op} {share:.0f} %" for op, share in sorted(coverage.items())))
+        if refit:
+            _print_refits(result, devices)
         _print_worst(result)
         _print_left_out(result.left_out)
     if out is not None:
         _write(result, out)
     return _judge(result.predictions, tolerances)
+
+
+#: What ``validate --refit`` fits anew: title, ops, number formats, the source of the rows.
+REFITS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("16-bit gemm", ("gemm",), ("bf16", "fp16")),
+    ("attention prefill", ("attention_prefill",), ("bf16",)),
+    ("attention decode", ("attention_decode",), ("bf16",)),
+    ("recurrent, chunks", ("gdn_chunk_prefill",), ("bf16",)),
+)
+REFIT_SOURCE = "aiconfigurator"
+
+
+def _print_refits(result: Validation, devices: Devices) -> None:
+    """Constants fitted anew for each device: error on shapes that were held out, and on the other devices' rows."""
+    print("\nFitted anew for each device (shipped constants, held-out shapes, constants of this device on the others):")
+    for title, ops, dtypes in REFITS:
+        by_device: dict[str, list[Row]] = {}
+        for p in result.predictions:
+            row = p.row
+            if row.op in ops and row.dtype in dtypes and row.source == REFIT_SOURCE and not apart(row):
+                by_device.setdefault(row.device, []).append(row)
+        for device, rows in sorted(by_device.items()):
+            fit = calibrate({device: devices.chip(device)}, rows)
+            moved = []
+            for other, others in sorted(by_device.items()):
+                if other != device:
+                    found, _ = predict_rows(others, Devices(with_values(devices.chip(other), fit.values)))
+                    errors = [abs((p.ratio or 1.0) - 1) for p in found if p is not None]
+                    moved.append(f"{other} {100 * float(np.mean(errors)):.1f} %")
+            print(
+                f"  {title}, {device} ({len(rows)} rows): {fit.before:.1f} %, held out {fit.held_out:.1f} %"
+                f"{', on ' + ', '.join(moved) if moved else ''}"
+            )
 
 
 def _print_published(result: Validation) -> None:

@@ -57,8 +57,9 @@ REQUIRED_COLUMNS = ("device", "dtype", "op")
 SCHEMA = (*TEXT_COLUMNS[:6], *WHOLE_COLUMNS[:10], "model", *WHOLE_COLUMNS[10:], "latency_us", "note")
 #: No dimension of a row may be larger: its operands would not fit any machine, and products of three fit 64 bits.
 LARGEST = 1 << 40
-#: Nor may the operations or bytes of a row.
-MOST_WORK = 1 << 60
+#: Nor may the elements or multiply-adds of a row (9e15 take an H100 a minute), or the tokens of a whole-model row.
+MOST_WORK = 1 << 53
+MOST_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,8 +236,9 @@ def _impossible(row: Row) -> list[str]:
         row.seq_q * max(row.seq_kv, 1) * row.n_heads * row.head_dim,
         row.seq_kv * row.n_kv_heads * row.head_dim,
         row.seq_q * row.n_heads * row.head_dim * row.head_dim,
-        row.context * max(row.context, row.out_len, 1),
     )
+    if row.model and row.batch * max(row.context, row.out_len, 1) > MOST_TOKENS:
+        problems.append(f"batch: {row.batch} sequences of {row.context} tokens are more than {MOST_TOKENS} tokens")
     if work > MOST_WORK:
         problems.append(f"the row has {work:.3g} operations or elements, more than {MOST_WORK:.3g}")
     return problems

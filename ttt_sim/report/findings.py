@@ -53,8 +53,8 @@ def _certainty(data: ReportData) -> list[str]:
         text = f"Error bars, {phase}: 80 % of measurements are {min(low):+.0f} to {max(high):+.0f} % off this"
         if share >= 0.5:
             text += (
-                f"; kernels of TTT alone, up to {share:.0f} % of it, have no published measurement: the nearest are "
-                "the gated delta rule and plain products of their shapes"
+                f"; kernels of TTT alone, up to {share:.0f} % of it, have no published measurement: nearest are the "
+                "gated delta rule and plain products of their shapes"
             )
         out.append(text + ".")
     return out
