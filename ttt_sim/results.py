@@ -147,9 +147,11 @@ class Result:
         n_steps = int(trace.step.max()) + 1
         classes = np.array([TRAFFIC_CLASSES.index(CLASS_OF_ROLE[t.role]) for t in trace.tensors], dtype=np.int64)
         out: dict[tuple[str, str], IntArray] = {}
+        traffic = self.lowered.traffic
+        missed, stored = trace.read_bytes - traffic.read_hit_bytes, trace.write_bytes - traffic.write_hit_bytes
         for direction, ptr, tensor, nbytes, place in (
-            ("read", trace.read_ptr, trace.read_tensor, trace.read_bytes, self.lowered.traffic.read_place),
-            ("write", trace.write_ptr, trace.write_tensor, trace.write_bytes, self.lowered.traffic.write_place),
+            ("read", trace.read_ptr, trace.read_tensor, missed, traffic.read_place),
+            ("write", trace.write_ptr, trace.write_tensor, stored, traffic.write_place),
         ):
             step = trace.step[owners(ptr)]
             table = np.zeros((len(TRAFFIC_CLASSES), n_steps), dtype=np.int64)
@@ -158,7 +160,12 @@ class Result:
             for i, name in enumerate(TRAFFIC_CLASSES):
                 out[direction, name] = table[i]
         lead_step = trace.step[self.lowered.kernels.lead]
-        np.add.at(out["read", "kv"], lead_step, self.lowered.work.restream_bytes)
+        # What is read again: keys and values by attention, rows by norms and softmax.
+        again = self.lowered.work.restream_bytes
+        attends = np.zeros(again.size, dtype=np.bool_)
+        attends[self.lowered.kernels.of_op[op_classes(trace) == int(OpClass.ATTENTION)]] = True
+        np.add.at(out["read", "kv"], lead_step, np.where(attends, again, 0))
+        np.add.at(out["read", "activations"], lead_step, np.where(attends, 0, again))
         return out
 
     def dynamic_energy_j(self) -> dict[str, FloatArray]:
@@ -252,8 +259,10 @@ class Result:
         write = owners(trace.write_ptr)
         from_main = self.lowered.traffic.read_place == MAIN
         to_main = self.lowered.traffic.write_place == MAIN
-        main_read = total_by(read[from_main], trace.read_bytes[from_main], trace.n_ops)
-        main_write = total_by(write[to_main], trace.write_bytes[to_main], trace.n_ops)
+        traffic = self.lowered.traffic
+        missed, stored = trace.read_bytes - traffic.read_hit_bytes, trace.write_bytes - traffic.write_hit_bytes
+        main_read = total_by(read[from_main], missed[from_main], trace.n_ops)
+        main_write = total_by(write[to_main], stored[to_main], trace.n_ops)
         main_read[kernels.lead] += work.restream_bytes
         at_lead = {
             "cache_bytes": work.cache_bytes, "core_bytes": work.core_bytes, "advance_cycles": self.kernel_advance(),

@@ -115,6 +115,15 @@ def test_explain_says_what_an_op_is_made_of(tmp_path: Path) -> None:
     assert "attention core" in text
 
 
+def test_explain_says_that_nobody_measured_ops_of_ttt(tmp_path: Path) -> None:
+    text = succeed("explain", "h100", "--op", "delta_gemm", "--m", "2560", "--n", "9728", "--k", "1024", cwd=tmp_path)
+    assert "No measurement of a delta_gemm is published" in text
+    assert text.count(": measured ") == 3
+    done = ttt_sim("explain", "h100", "--op", "fast_apply", "--m", "1", "--n", "64", "--k", "64", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--op fast_apply: --batch is missing" in done.stderr
+
+
 def test_calibrate_writes_a_chip_file(tmp_path: Path) -> None:
     lines = [f"H100-SXM5-80GB,bf16,gemm,{2**i},4096,{2**j},,,,,,,,,{8 + 2 ** (i + j) / 3e5},x" for i in range(4, 12)
              for j in range(8, 13)]  # fmt: skip

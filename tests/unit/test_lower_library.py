@@ -104,6 +104,17 @@ def test_long_rows_are_read_twice() -> None:
         assert int(work.main_read_bytes[1]) == reads * 65536
 
 
+def test_frames_account_for_hits_and_for_rows_read_again() -> None:
+    # A softmax reads its rows twice, less the quarter that a loop finds in the cache; sums are those of the program.
+    op = OpSpec(
+        "softmax", "bf16", 64, 512, reads=(Operand("x", 65536, distance=2 << 20),), writes=(Operand("y", 65536),)
+    )  # fmt: skip
+    result = simulate_trace(chip(library__row_capacity="512 B"), trace_of([(op,)]))
+    read = {name: int(values.sum()) for (way, name), values in result.main_bytes().items() if way == "read"}
+    assert read == {"weights": 0, "fast_weights": 0, "kv": 0, "activations": 2 * 49152, "gradients": 0}
+    assert int(result.ops()["main_read_bytes"].sum()) == int(result.lowered.work.main_read_bytes.sum()) == 2 * 49152
+
+
 def test_each_row_of_an_append_holds_a_core() -> None:
     op = OpSpec("kv_append", "bf16", 10, 32, reads=(Operand("k", 320),), writes=(Operand("kv", 640),))
     work = simulate_trace(chip(library__row="100 cycles"), trace_of([(op,)])).lowered.work

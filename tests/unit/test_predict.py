@@ -18,6 +18,7 @@ from ttt_sim.model import Scenario
 from ttt_sim.predict.calibrate import CALIBRATABLE, calibrate, updated_file, value_of, with_values
 from ttt_sim.predict.harness import GROUP_OF_OP, GROUPS, HARNESSES, SOURCES
 from ttt_sim.predict.models import MODELS, parts_of
+from ttt_sim.predict.nearest import MEASURED_ROWS, TTT_OPS, nearest
 from ttt_sim.predict.predictions import Devices, predict_rows, to_csv
 from ttt_sim.predict.predictor import simulate_steps
 from ttt_sim.predict.published import published_rows
@@ -293,6 +294,24 @@ def test_published_figures_are_near() -> None:
     assert not result.left_out
     assert all(0.6 < (p.ratio or 0) < 1.6 for p in result.predictions)
     assert all("github" in p.row.source for p in result.predictions)
+
+
+def test_measured_rows_of_the_project_are_near() -> None:
+    """The quick check without a folder of measurements: every kind of op, short and long."""
+    found, problems = predict_rows(MEASURED_ROWS, Devices())
+    assert not problems
+    errors = [abs((p.ratio or 0) - 1) for p in found if p is not None]
+    assert len(errors) == len(MEASURED_ROWS) >= 50
+    assert max(errors) < 0.3
+    assert np.mean(errors) < 0.08
+    assert {row.op for row in MEASURED_ROWS} >= {op for ttt in TTT_OPS.values() for op in ttt.alike}
+
+
+def test_nearest_measured_shapes_of_ttt_ops() -> None:
+    row = Row(line=1, op="gemm", device="h100", dtype="bf16", m=4096, n=8192, k=1024)
+    first = nearest("delta_gemm", row)[0]
+    assert (first.row.m, first.row.n, first.row.k, first.factor) == (4096, 8192, 1024, 1.0)
+    assert [near.row.op for near in nearest("weight_write", row)] == ["elementwise_add"] * 3
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------

@@ -223,3 +223,22 @@ def test_engines_that_differ_are_refused(monkeypatch):
     monkeypatch.setattr(simulation, "run", late)
     with pytest.raises(ConservationError, match="engines differ at task 0: compiled starts it at 0, simpy at 1"):
         simulate_trace(chip(), residual_trace(), compare_engines=True)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_records_carry_an_error_bar_that_grows_with_what_nobody_has_measured(phase):
+    def record(method, chip_name="h100"):
+        return simulate_point(
+            make_point(chip_name, "toy", method, phase=phase, context=320, window=64, ttt="toy")
+        ).record
+
+    kv, ttt, elsewhere = record("kv"), record("ttt"), record("kv", "mi300x")
+    for found in (kv, ttt, elsewhere):
+        assert found["seconds_low"] <= found["seconds"] <= found["seconds_high"]
+    assert kv["unmeasured_share"] == 0 < ttt["unmeasured_share"] < 1
+
+    def width(found):
+        return (found["seconds_high"] - found["seconds_low"]) / found["seconds"]
+
+    assert width(kv) < width(ttt)
+    assert width(kv) < width(elsewhere)

@@ -14,10 +14,12 @@ from ttt_sim.chip import Chip
 from ttt_sim.config.chip_file import read_chip_file
 from ttt_sim.data_files import did_you_mean
 from ttt_sim.errors import ConfigError
+from ttt_sim.intervals import ANY_OP
 from ttt_sim.predict.calibrate import calibrate, data_hash, updated_file, with_values
 from ttt_sim.predict.explain import explain
 from ttt_sim.predict.harness import DEFAULT_HARNESS, GROUP_OF_OP, HARNESSES
 from ttt_sim.predict.models import MODELS
+from ttt_sim.predict.nearest import TTT_OPS, nearest
 from ttt_sim.predict.predictions import Devices, Prediction, predict_rows, raise_problems, to_csv
 from ttt_sim.predict.published import published_rows
 from ttt_sim.predict.rows import OPERATORS, Row, RowFile, parse_rows, read_rows
@@ -230,23 +232,49 @@ def _write(result: Validation, out: Path) -> None:
 def explain_command(chip: Chip, op: str, dtype: str, numbers: Mapping[str, int | None], harness: str | None) -> int:
     """Print the explanation of one op."""
     check_harness(harness)
-    if op not in OPERATORS:
-        raise ConfigError(f"--op: {op!r} is unknown{did_you_mean(op, tuple(OPERATORS))}; ops: {', '.join(OPERATORS)}")
+    known = (*OPERATORS, *TTT_OPS)
+    if op not in known:
+        raise ConfigError(f"--op: {op!r} is unknown{did_you_mean(op, known)}; ops: {', '.join(known)}")
+    own = TTT_OPS.get(op)
+    row_op = op if own is None else own.row_op
     given = {name: value for name, value in numbers.items() if value is not None}
-    missing = [name for name in OPERATORS[op] if name not in given and name != "causal"]
+    needed = OPERATORS[op] if own is None else own.needs
+    missing = [name for name in needed if name not in given and name != "causal"]
     if missing:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
         raise ConfigError(f"--op {op}: {options} {'is' if len(missing) == 1 else 'are'} missing")
     if op == "attention_prefill":
         given.setdefault("causal", 1)
     text = (
-        ",".join(["device", "dtype", "op", *given]) + "\n" + ",".join([chip.name, dtype, op, *map(str, given.values())])
+        ",".join(["device", "dtype", "op", *given])
+        + "\n"
+        + ",".join([chip.name, dtype, row_op, *map(str, given.values())])
     )
     found = parse_rows(text, "row")
     raise_problems([problem.removeprefix("row:2: ") for problem in found.problems])
+    if own is not None:
+        print(f"{op}, as {own.row_op}: {own.title}")
     explanation = explain(found.rows[0], chip, harness=harness or DEFAULT_HARNESS)
     print("\n".join(explanation.lines))
+    if own is not None:
+        _print_nearest(op, found.rows[0], explanation.prediction)
     return 0
+
+
+def _print_nearest(op: str, row: Row, prediction: Prediction) -> None:
+    """Say that nobody has measured an op of TTT, and what was measured nearest to it."""
+    band = [factor * prediction.predicted_us for factor in ANY_OP]
+    low, high = min(band[0], prediction.low_us), max(band[1], prediction.high_us)
+    print(f"No measurement of a {op} is published; its 80 % interval is that of any op, {low:.2f} to {high:.2f} us.")
+    print("Nearest measured shapes:")
+    for near in nearest(op, row):
+        r = near.row
+        names = ("m", "n", "k", "batch", "seq_q", "n_heads", "head_dim")
+        shape = " ".join(f"{name}={getattr(r, name)}" for name in names if getattr(r, name))
+        print(
+            f"  {r.op} {r.dtype} on {r.device}, {shape}: measured {r.latency_us:.1f} us ({r.source}), predicted "
+            f"{near.predicted_us:.1f} us; its work differs by a factor of {near.factor:.2g}"
+        )
 
 
 # --- calibrate --------------------------------------------------------------------------------------------------------
