@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, cast
 
+from ttt_sim.intervals import ANY_OP
 from ttt_sim.model import MethodSettings, Model, TTTSettings
 from ttt_sim.workload import closed_forms, state_per_sequence
 
@@ -106,8 +107,8 @@ def interpolated_crossing(lead: Mapping[int, float]) -> Interpolated:
 # ------------------------------------------------------------------------------------------------
 
 CROSSOVER_COLUMNS = (
-    "quantity", "method", "baseline", "batch", "simulated_tokens", "first_whole_token", "below_tokens",
-    "closed_form_tokens", "closed_form", "remark",
+    "quantity", "method", "baseline", "batch", "simulated_tokens", "low_tokens", "high_tokens", "first_whole_token",
+    "below_tokens", "closed_form_tokens", "closed_form", "remark",
 )  # fmt: skip
 
 #: (quantity, phase, record field per token) of curves whose crossings are interpolated.
@@ -231,6 +232,8 @@ def _curve_rows(
                 "below_tokens": contexts[0] if found.always == "method" else None,
                 "remark": _where(found, contexts),
             }  # fmt: skip
+            if field == "seconds_per_token":
+                row |= _band(lead, mine)
             row |= _closed_curve(quantity, model, method, ttt, baseline, batch, found, mine, theirs)
             rows.append(row)
     return rows
@@ -264,6 +267,22 @@ def _refine(
             return
         lead[context] = _per_token(theirs, field) - _per_token(mine, field)
         low, high = (low, middle) if lead[context] > 0 else (middle, high)
+
+
+def _band(lead: Mapping[int, float], mine: Mapping[int, Record]) -> dict[str, object]:
+    """Where the curves would cross if the kernels that only the method has, which nobody has measured, were as much
+    faster or slower as 80 % of measurements are. Errors of kernels that both methods run move both curves alike.
+    """
+    out: dict[str, object] = {}
+    shared = [context for context in lead if context in mine and "unmeasured_share" in mine[context]]
+    for name, factor in (("low_tokens", ANY_OP.low), ("high_tokens", ANY_OP.high)):
+        moved = {}
+        for context in shared:
+            record = mine[context]
+            own = _number(record, "seconds_per_token") * _number(record, "unmeasured_share")
+            moved[context] = lead[context] - own * (factor - 1)
+        out[name] = interpolated_crossing(moved).tokens
+    return out
 
 
 def _where(found: Interpolated, contexts: Sequence[int]) -> str:

@@ -14,12 +14,14 @@ from ttt_sim import simulate
 from ttt_sim.crossover import (
     CROSSOVER_COLUMNS,
     Crossing,
+    _band,
     crossover_table,
     exact_crossing,
     fast_weight_crossing,
     interpolated_crossing,
     state_crossing,
 )
+from ttt_sim.intervals import ANY_OP
 from ttt_sim.model import TTTSettings
 from ttt_sim.model_config import load_model
 from ttt_sim.workload import METHODS
@@ -241,6 +243,15 @@ def test_table_of_affine_curves_finds_where_they_meet():
         assert row["first_whole_token"] == 1721
         assert missing(row, "below_tokens")
         assert "linear between" in row["remark"]
+
+
+def test_band_of_a_crossing_by_hand():
+    # t against 1000 meet at 1000. A fifth of the method's time is unmeasured and may take 0.8 to 1.4 of it: 960, 1080.
+    assert (ANY_OP.low, ANY_OP.high) == (0.8, 1.4)
+    contexts = (512, 2048)
+    record = {"seconds_per_token": 1000.0, "unmeasured_share": 0.2}
+    band = _band({t: t - 1000.0 for t in contexts}, dict.fromkeys(contexts, record))
+    assert band == {"low_tokens": pytest.approx(960), "high_tokens": pytest.approx(1080)}
 
 
 @pytest.mark.parametrize("kv", [lambda t: t / 2, lambda t: t])  # above everywhere, equal everywhere

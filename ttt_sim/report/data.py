@@ -40,8 +40,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     ),
     "state": ("method", "context_tokens", "kv_bytes", "fast_weight_bytes", "carry_bytes", "total_bytes"),
     "crossovers": (
-        "quantity", "method", "baseline", "batch", "simulated_tokens", "first_whole_token", "below_tokens",
-        "closed_form_tokens", "closed_form", "remark",
+        "quantity", "method", "baseline", "batch", "simulated_tokens", "low_tokens", "high_tokens",
+        "first_whole_token", "below_tokens", "closed_form_tokens", "closed_form", "remark",
     ),
     "sensitivity": (*_POINT_KEY, "parameter", "change_frac", "seconds", "changed_seconds", "gain_frac"),
     "critical_path": (*_POINT_KEY, "unit", "cycles", "share_frac"),
