@@ -407,7 +407,7 @@ def _drift(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from ttt_sim.predict.commands import predict_file
+    from ttt_sim.report.predictions import predict_file
 
     auto = args.chip == "auto"
     if auto and (args.variant or args.overrides):
@@ -417,21 +417,21 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from ttt_sim.predict.commands import validate_command
+    from ttt_sim.report.predictions import validate_command
 
     data, out = (None if path is None else Path(path) for path in (args.data, args.out))
     return validate_command(data, out, refit=args.refit)
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from ttt_sim.predict.commands import explain_command
+    from ttt_sim.report.predictions import explain_command
 
     numbers = {name: getattr(args, name) for name in SHAPE_OPTIONS}
     return explain_command(_chip(args), args.op, args.dtype, numbers, args.harness)
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from ttt_sim.predict.commands import calibrate_command
+    from ttt_sim.report.predictions import calibrate_command
 
     return calibrate_command(args.chip, _chip(args), Path(args.rows), Path(args.out))
 

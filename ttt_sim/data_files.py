@@ -1,8 +1,9 @@
-"""Files that ship with the project: chips and models, found from a checkout and from an installed wheel alike."""
+"""Files that ship with the project, found from a checkout and from a wheel alike; writing files; nearest spellings."""
 
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from ttt_sim.errors import ConfigError
@@ -39,6 +40,18 @@ def find(folder: str, name: str, suffix: str) -> Path:
         f"unknown {subject} {name!r}{did_you_mean(name, available)}; available: {', '.join(available) or 'none'}; "
         f"or give the path of a {suffix} file"
     )
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; raises :class:`ConfigError` where it cannot be written."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        if part.is_file():
+            part.unlink()
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def did_you_mean(word: str, candidates: list[str] | tuple[str, ...], *, limit: int = 3) -> str:

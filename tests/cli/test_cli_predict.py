@@ -43,14 +43,17 @@ def test_predict_on_one_chip_takes_overrides(tmp_path: Path) -> None:
 
 
 def test_predict_lists_every_bad_row(tmp_path: Path) -> None:
-    rows = write(tmp_path, HEADER + BAD + ROWS["gemm"] + "\n")
+    other = ROWS["gemm"].replace("H100-SXM5-80GB", "H100-SXM5-80G")  # can be read, but no chip has this name
+    assert other != ROWS["gemm"]
+    rows = write(tmp_path, HEADER + BAD + ROWS["gemm"] + "\n" + other + "\n")
     done = ttt_sim("predict", "auto", rows, "-o", "out.csv", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "rows.csv:2: op: 'gem' is unknown, did you mean gemm" in done.stderr
     assert "rows.csv:3: m: '0' is not a whole number from 1 to" in done.stderr
+    assert "rows.csv:5: device: no built-in chip has the variant 'H100-SXM5-80G', did you mean" in done.stderr
     assert not (tmp_path / "out.csv").exists()
     text = succeed("predict", "auto", rows, "-o", "out.csv", "--keep-going", cwd=tmp_path)
-    assert [line.partition(": ")[0] for line in text.splitlines()[:3]] == ["left out", "left out", "out.csv"]
+    assert [line.partition(": ")[0] for line in text.splitlines()[:4]] == ["left out"] * 3 + ["out.csv"]
     assert "out.csv: 1 predictions" in text
 
 
@@ -100,8 +103,13 @@ def test_validate_fails_beyond_a_tolerance_and_draws_figures(tmp_path: Path) -> 
     assert "16-bit gemm, graph replay: " in done.stdout
     assert "(3 rows) EXCEEDED" in done.stdout
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        "validation.csv", "validate_product.png", "validate_product.svg",
+        "summary.json", "validation.csv", "validate_product.png", "validate_product.svg",
     }  # fmt: skip
+
+
+def test_explain_needs_no_count_of_the_one_token_of_a_decode_step(tmp_path: Path) -> None:
+    shape = ("--batch", "8", "--seq-kv", "4096", "--n-heads", "32", "--n-kv-heads", "8", "--head-dim", "128")
+    assert "attention_decode on a100" in succeed("explain", "a100", "--op", "attention_decode", *shape, cwd=tmp_path)
 
 
 def test_explain_says_what_an_op_is_made_of(tmp_path: Path) -> None:

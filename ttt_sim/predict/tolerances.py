@@ -54,5 +54,5 @@ MEASURED: tuple[Tolerance, ...] = (
 #: from a data sheet and a relative's constants, which the limit shows.
 PUBLISHED: tuple[Tolerance, ...] = (
     Tolerance("A100 and H100", 20.0, lambda row: row.device.startswith(_MEASURED)),
-    Tolerance("MI300X", 60.0, lambda row: row.device == "MI300X"),
+    Tolerance("MI300X", 20.0, lambda row: row.device == "MI300X"),
 )

@@ -19,11 +19,11 @@ written one (or the lowest that is read) is there from the start.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from ttt_sim.data_files import write_whole
 from ttt_sim.errors import ConfigError
 from ttt_sim.ops import Trace
 from ttt_sim.trace_io import files
@@ -49,15 +49,7 @@ def save(trace: Trace, path: str | Path) -> None:
     Raises :class:`ConfigError` for an unknown ending, a path that cannot be written, or Parquet without pyarrow.
     """
     path = Path(path)
-    content = _format(path).encode(trace)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError as error:
-        if part.is_file():
-            part.unlink()
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
+    write_whole(path, _format(path).encode(trace))
 
 
 def load(path: str | Path) -> Trace:

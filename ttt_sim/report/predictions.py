@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+import matplotlib
 import numpy as np
+import pandas as pd
 
 from ttt_sim.chip import Chip
 from ttt_sim.config.chip_file import read_chip_file
-from ttt_sim.data_files import did_you_mean
+from ttt_sim.data_files import did_you_mean, write_whole
 from ttt_sim.errors import ConfigError
 from ttt_sim.intervals import ANY_OP
 from ttt_sim.predict.calibrate import calibrate, data_hash, updated_file, with_values
@@ -25,8 +26,14 @@ from ttt_sim.predict.published import published_rows
 from ttt_sim.predict.rows import OPERATORS, Row, RowFile, parse_rows, read_rows
 from ttt_sim.predict.tolerances import MEASURED, PUBLISHED, Tolerance
 from ttt_sim.predict.validation import Line, Validation, apart, held_out_coverage, read_folder, validate
+from ttt_sim.report.figures import save_figure, write_table
+from ttt_sim.report.figures_validation import validation_figures
+from ttt_sim.report.folder import check_out, replaced_folder, write_summary
+from ttt_sim.report.style import RC
 
 EXIT_FAILED = 1
+#: Ops of one new token per sequence.
+ONE_TOKEN = ("attention_decode", "gdn_recurrent_decode")
 #: Worst rows that are explained.
 N_WORST = 8
 
@@ -39,11 +46,9 @@ def check_harness(name: str | None) -> None:
         )
 
 
-def read_for(path: Path, *, keep_going: bool) -> RowFile:
-    """Read a file of rows; raises every problem at once unless told to keep going."""
+def read_for(path: Path) -> RowFile:
+    """Read a file of rows; raises :class:`ConfigError` or :class:`WorkloadError` if it has none that can be used."""
     found = read_rows(path, models=tuple(MODELS))
-    if not keep_going:
-        raise_problems(found.problems)
     if not found.rows:
         raise_problems(found.problems)
         raise ConfigError(f"{path}: has no rows")
@@ -57,17 +62,16 @@ def predict_file(chip: Chip | None, path: Path, out: Path, *, harness: str | Non
         WorkloadError: rows that cannot be read or run, all of them, unless ``keep_going``.
     """
     check_harness(harness)
-    found = read_for(path, keep_going=keep_going)
-    predictions, problems = predict_rows(found.rows, Devices(chip), harness=harness)
-    problems = [f"{path}:{text.removeprefix('line ')}" for text in problems]
+    found = read_for(path)
+    predictions, impossible = predict_rows(found.rows, Devices(chip), harness=harness)
+    problems = [*found.problems, *(f"{path}:{text.removeprefix('line ')}" for text in impossible)]
     if not keep_going:
         raise_problems(problems)
     done = [prediction for prediction in predictions if prediction is not None]
-    try:
-        out.write_text(to_csv(found.header, done), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error}") from None
-    for text in (*found.problems, *problems):
+    if not done:
+        raise_problems(problems)
+    write_whole(out, to_csv(found.header, done).encode())
+    for text in problems:
         print(f"left out: {text}")
     print(f"{out}: {len(done)} predictions")
     measured = [p for p in done if p.ratio is not None]
@@ -83,6 +87,8 @@ def predict_file(chip: Chip | None, path: Path, out: Path, *, harness: str | Non
 def validate_command(data: Path | None, out: Path | None, *, refit: bool) -> int:
     """Compare with measurements of a folder, or with published figures; 1 if a tolerance is exceeded."""
     devices = Devices()
+    if out is not None:
+        check_out(out)
     if refit and data is None:
         raise ConfigError("--refit needs measured rows, give their folder with --data")
     if data is None:
@@ -212,18 +218,13 @@ def _judge(predictions: Sequence[Prediction], tolerances: Sequence[Tolerance]) -
 
 
 def _write(result: Validation, out: Path) -> None:
-    from ttt_sim.predict.scatter import draw_scatters
-
-    try:
-        files = draw_scatters(result.predictions, out)
-        with (out / "validation.csv").open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            names = [field.name for field in fields(Line)]
-            writer.writerow(names)
-            writer.writerows([[getattr(line, name) for name in names] for line in result.lines])
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error}") from None
-    print(f"\n{out}: validation.csv and {len(files)} figures")
+    with replaced_folder(out) as folder:
+        write_table(pd.DataFrame([asdict(line) for line in result.lines]), folder / "validation.csv")
+        with matplotlib.rc_context(dict(RC)):
+            for group, figure in validation_figures(result.predictions).items():
+                save_figure(figure, folder / f"validate_{group}")
+        write_summary(folder, {"lines": len(result.lines), "rows": len(result.predictions)})
+    print(f"\nTable and figures: {out}")
 
 
 # --- explain ----------------------------------------------------------------------------------------------------------
@@ -239,6 +240,8 @@ def explain_command(chip: Chip, op: str, dtype: str, numbers: Mapping[str, int |
     row_op = op if own is None else own.row_op
     given = {name: value for name, value in numbers.items() if value is not None}
     needed = OPERATORS[op] if own is None else own.needs
+    if row_op in ONE_TOKEN:
+        given.setdefault("seq_q", 1)
     missing = [name for name in needed if name not in given and name != "causal"]
     if missing:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
@@ -282,7 +285,8 @@ def _print_nearest(op: str, row: Row, prediction: Prediction) -> None:
 
 def calibrate_command(chip_name: str, chip: Chip, path: Path, out: Path) -> int:
     """Fit the constants of a chip to the rows of ``path`` and write its file anew to ``out``."""
-    found = read_for(path, keep_going=False)
+    found = read_for(path)
+    raise_problems(found.problems)
     rows = [row for row in found.rows if row.latency_us is not None and row.op in OPERATORS]
     if not rows:
         raise ConfigError(f"{path}: has no operator rows with a latency_us to fit")
@@ -291,10 +295,7 @@ def calibrate_command(chip_name: str, chip: Chip, path: Path, out: Path) -> int:
     data = f"{path.name} {data_hash(path.read_text(encoding='utf-8-sig'))}"
     date = datetime.now(tz=UTC).date().isoformat()
     text = updated_file(file.path.read_text(encoding="utf-8"), chip, fit, data=data, date=date)
-    try:
-        out.write_text(text.replace(f"name: {chip.name}\n", f"name: {out.stem}\n", 1), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error}") from None
+    write_whole(out, text.replace(f"name: {chip.name}\n", f"name: {out.stem}\n", 1).encode())
     read_chip_file(out)  # what was written must be a chip file
     ops = sorted({GROUP_OF_OP[row.op] for row in rows})
     print(f"{len(rows)} rows ({', '.join(ops)}): error {fit.before:.1f} % before, {fit.after:.1f} % after, "
