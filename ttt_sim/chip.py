@@ -45,9 +45,12 @@ class ComputeUnit:
     ``efficiency``  share of that peak which full tiles sustain, by dtype (1 where unknown)
     ``energy_j_per_op``  dynamic energy by dtype per FLOP or lane operation
     ``count``       instances per core; 0 when the unit belongs to the chip as a whole
-    ``rows, cols, depth``  one instruction or pass: output rows x output columns x reduction depth (matrix units)
+    ``rows, cols, depth``  one instruction or pass: output rows x output columns x reduction depth (matrix units); of a
+                    weight-stationary array, ``rows`` is the reduction and ``cols`` the columns of the tile that stays
     ``tiles``       output tiles a kernel may choose (matrix units), largest first
-    ``startup_cycles`` filling and draining the array once per tile
+    ``startup_cycles`` filling and draining the array once per tile (output-stationary) or op (weight-stationary)
+    ``issue_cycles``  least time between two passes of a weight-stationary array, however few rows stream
+    ``load_cycles``   loading one stationary tile; ``double_buffer``: while the array still multiplies with the last one
     ``ops_per_cycle``  multiply-adds (matrix) or lane operations of one instance per cycle, by dtype; empty: not stated
     """
 
@@ -63,6 +66,9 @@ class ComputeUnit:
     depth: int = 1
     tiles: tuple[tuple[int, int], ...] = ()
     startup_cycles: int = 0
+    issue_cycles: int = 1
+    load_cycles: int = 0
+    double_buffer: bool = False
     ops_per_cycle: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -75,6 +81,8 @@ class MemoryLevel:
     ``channels``           independent channels that addresses are striped over, ``interleave_bytes`` at a time
     ``channel_groups``     groups of channels that the engine schedules separately
     ``achievable_frac``    share of the peak bandwidth that long streams reach (refresh, bank conflicts)
+    ``transfer_start_s``   from the request of a DMA transfer to its first byte, in which its engine does nothing else;
+                           ``transfer_engines`` begin transfers side by side
     ``endurance_writes``   writes a cell survives; None when wear does not matter
     ``write_pulses``       mean program-and-verify pulses per write; already in the write bandwidth and energy
     ``channel_bytes_per_s`` stated bandwidth of one channel, for checking; None when not stated
@@ -103,6 +111,8 @@ class MemoryLevel:
     endurance_writes: float | None
     write_pulses: float = 1.0
     channel_bytes_per_s: float | None = None
+    transfer_start_s: float = 0.0
+    transfer_engines: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,6 +74,7 @@ def lint_chip(chip: Chip) -> list[Finding]:
     findings: list[Finding] = []
     for unit in chip.units:
         findings += _unit_findings(chip, unit)
+        findings += _array_findings(chip, unit)
     for level in chip.memories:
         findings += _memory_findings(chip, level)
     findings += _hierarchy_findings(chip)
@@ -124,6 +125,12 @@ def _unit_findings(chip: Chip, unit: ComputeUnit) -> Iterator[Finding]:
             )
         if unit.kind == "matrix" and f"{path}.efficiency.{dtype}" not in chip.provenance:
             yield _finding(chip, "warning", f"{path}.peak.{dtype}", f"no efficiency.{dtype}: the full peak is taken")
+
+
+def _array_findings(chip: Chip, unit: ComputeUnit) -> Iterator[Finding]:
+    if unit.dataflow == "weight_stationary" and unit.load_cycles == 0 and chip.kind != "example":
+        path = f"compute.{unit.name}"
+        yield _finding(chip, "warning", path, "no load: putting a stationary tile into the array counts as free")
 
 
 def _ops_per_cycle(unit: ComputeUnit, dtype: str) -> float | None:

@@ -67,7 +67,7 @@ def scenarios(draw) -> Scenario:
     return Scenario.decode(range(first, first + draw(st.integers(1, 12))), batch=batch)
 
 
-BASES = (load_chip("tiny_gpu"), load_chip("tiny_turnaround"))
+BASES = (load_chip("tiny_gpu"), load_chip("tiny_turnaround"), load_chip("tiny_systolic"))
 
 
 @st.composite
@@ -83,12 +83,22 @@ def chips(draw) -> Chip:
         serial_kernels=draw(st.booleans()), persistent=draw(st.booleans()), multicast=draw(st.sampled_from([1, 2])),
     )  # fmt: skip
     writability = replace(
-        base.writability, shadow_bank=draw(st.booleans()), overlap=draw(st.sampled_from([True, True, False]))
-    )
+        base.writability, shadow_bank=draw(st.booleans()), overlap=draw(st.sampled_from([True, True, False])),
+        transposed_read=draw(st.booleans()),
+    )  # fmt: skip
+    main = replace(main, transfer_start_s=draw(st.sampled_from([0.0, 15e-9])))
+    units = base.units
+    if base.execution == "systolic":  # the rate stays, so other geometries stream a row in more or less than a cycle
+        rows, cols = draw(st.sampled_from([(16, 16), (4, 16), (32, 8), (64, 64)]))
+        array = replace(
+            base.unit("matrix"), rows=rows, cols=cols, issue_cycles=draw(st.sampled_from([1, 8, 70])),
+            load_cycles=draw(st.sampled_from([0, 5, 64])), double_buffer=draw(st.booleans()),
+        )  # fmt: skip
+        units = tuple(array if unit.kind == "matrix" else unit for unit in units)
     overheads = replace(base.overheads, op_launch_s=draw(st.sampled_from([0.0, 30e-9])))
     return replace(
-        base, memories=(main, cache, *inner), mapping=mapping, writability=writability, overheads=overheads
-    )  # fmt: skip
+        base, units=units, memories=(main, cache, *inner), mapping=mapping, writability=writability, overheads=overheads
+    )
 
 
 def with_cache(chip: Chip, capacity_bytes: int) -> Chip:

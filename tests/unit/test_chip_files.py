@@ -1,4 +1,4 @@
-"""Built-in GPUs against arithmetic on published figures that the files do not hold."""
+"""Built-in GPUs and accelerators against arithmetic on published figures that the files do not hold."""
 
 import dataclasses
 import re
@@ -184,3 +184,95 @@ def test_documentation_lists_every_chip_and_variant() -> None:
         variants = re.findall(r"`([^`]+)`", cells[2])
         for name in re.findall(r"`([^`]+)`", cells[0]):
             assert list(read_chip_file(name).variants) == variants
+
+
+#: Chip -> arrays of the whole chip, cells along each side, clock in GHz, GiB and GB/s of main memory, factor of 8 bits.
+ARRAYS = {
+    "tpu_v5e": (4, 128, 1.5, 16, 819, ("int8", 2)),
+    "tpu_v5p": (8, 128, 1.75, 95, 2765, ("int8", 2)),
+    "tpu_v6e": (4, 256, 1.75, 32, 1640, ("int8", 2)),
+    "tpu_v7": (8, 256, 2.2, 192, 7380, ("fp8", 2)),
+    "trainium2": (8, 128, 2.4, 96, 2900, ("fp8", 2)),
+    "inferentia2": (2, 128, 2.8, 32, 820, ("fp8", 1)),
+}
+
+
+def systolic() -> list[str]:
+    chips = [load_chip(name) for name in chip_names()]
+    return [chip.name for chip in chips if chip.execution == "systolic" and chip.kind != "example"]
+
+
+def test_every_systolic_chip_is_in_the_table() -> None:
+    assert set(ARRAYS) == set(systolic())
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_are_cells_times_clock(name: str) -> None:
+    count, side, ghz, gib, gb_per_s, (narrow, factor) = ARRAYS[name]
+    chip = load_chip(name)
+    unit, memory = chip.unit("matrix"), chip.main_memory
+    assert (chip.cores * unit.count, unit.rows, unit.cols, unit.dataflow) == (count, side, side, "weight_stationary")
+    assert unit.peak_per_s["bf16"] == pytest.approx(2 * count * side * side * ghz * 1e9, rel=ROUNDED)
+    assert unit.peak_per_s[narrow] == pytest.approx(factor * unit.peak_per_s["bf16"], rel=0.01)
+    # filled and drained by one wave, loaded no slower than a row of cells a cycle, hidden behind the pass before
+    assert unit.startup_cycles == 2 * side
+    assert unit.issue_cycles < side
+    assert unit.load_cycles <= side
+    assert unit.double_buffer
+    assert memory.capacity_bytes == gib * 2**30
+    assert memory.read_bytes_per_s == pytest.approx(gb_per_s * 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_a_scratchpad_feeds_its_arrays(name: str) -> None:
+    # Each array takes a row of 16-bit elements a cycle and stores one of its columns: the scratchpad must give more.
+    count, side, ghz, *_ = ARRAYS[name]
+    chip = load_chip(name)
+    main, scratchpad = chip.memories
+    assert chip.cache == scratchpad
+    assert chip.core_memory is None
+    assert scratchpad.read_bytes_per_s > count * side * 2 * 2 * ghz * 1e9
+    assert scratchpad.read_bytes_per_s > 5 * main.read_bytes_per_s
+    assert 40 * 2**20 < scratchpad.capacity_bytes < 256 * 2**20
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_the_arrays_at_their_peak_draw_the_rest_of_the_power(name: str) -> None:
+    chip = load_chip(name)
+    unit = chip.unit("matrix")
+    for dtype in unit.peak_per_s:
+        drawn = chip.power.idle_w + unit.peak_per_s[dtype] * unit.energy_j_per_op[dtype]
+        assert drawn == pytest.approx(chip.power.limit_w, rel=0.01)
+    for path in ("power.limit", "power.idle"):  # not published for any of them
+        assert chip.provenance[path].certainty == "low"
+
+
+def test_engines_of_neuron_cores() -> None:
+    # elements per cycle and GHz of the vector and the scalar engine of each core
+    for name, (cores, vector, scalar) in {
+        "trainium2": (8, (256, 0.96), (128, 1.2)),
+        "inferentia2": (2, (128, 1.12), (128, 1.4)),
+    }.items():
+        chip = load_chip(name)
+        for kind, (width, ghz) in (("vector", vector), ("special", scalar)):
+            assert chip.unit(kind).peak_per_s["fp32"] == pytest.approx(cores * width * ghz * 1e9, rel=0.01)  # type: ignore[arg-type]
+        assert chip.main_memory.transfer_engines == 16
+        assert chip.cycles(chip.main_memory.transfer_start_s) == round(1.3e3 * chip.clock_hz / 1e9)
+        assert not chip.writability.transposed_read
+
+
+def test_matrix_engines_of_gaudi3_hold_their_results() -> None:
+    chip = load_chip("gaudi3")
+    unit = chip.unit("matrix")
+    assert (chip.execution, unit.dataflow, chip.cores * unit.count) == ("tile_wave", "output_stationary", 8)
+    assert unit.peak_per_s["bf16"] == pytest.approx(2 * 8 * 256 * 256 * 1.6e9, rel=0.001)
+    assert unit.peak_per_s["bf16"] * unit.efficiency["bf16"] == pytest.approx(1243e12, rel=0.001)
+    assert chip.unit("vector").peak_per_s["fp32"] == pytest.approx(64 * 64 * 1.6e9, rel=0.001)
+    assert chip.main_memory.capacity_bytes == 128e9
+
+
+def test_numbers_from_memory_are_never_of_high_certainty_on_accelerators() -> None:
+    for name in [*ARRAYS, "gaudi3"]:
+        for path, place in load_chip(name).provenance.items():
+            if re.search(r"from memory|assumption of this project", f"{place.note} {place.source}"):
+                assert place.certainty != "high", (name, path)

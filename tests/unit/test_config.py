@@ -259,6 +259,9 @@ NEEDS_COMPANY = {
     "memories.hbm.scope",
     "memories.hbm.shared_bus",  # its turn-around needs it
     "compute.*.kind",
+    "compute.*.issue",  # with dataflow weight_stationary
+    "compute.*.load",
+    "compute.*.double_buffer",
 }
 
 

@@ -20,7 +20,7 @@ def test_built_in_chips_hold_no_contradiction(name):
     assert [finding for finding in lint_file(name) if finding.severity == "error"] == []
 
 
-@pytest.mark.parametrize("name", ["tiny_gpu", "tiny_turnaround", "tiny_dataflow"])
+@pytest.mark.parametrize("name", ["tiny_gpu", "tiny_turnaround", "tiny_dataflow", "tiny_systolic"])
 def test_example_chips_are_clean(name):
     assert lint_file(name) == []
 
@@ -51,6 +51,14 @@ def test_weight_stationary_arrays_are_checked_by_their_geometry(tmp_path):
     assert "4 units x 256 per cycle x 2 FLOP x 1 GHz = 2.048 TFLOP/s (+100%" in finding.message
     path.write_text(text.replace("depth: 16", "depth: 1").replace("cols: 16", "cols: 8"))
     assert [finding for finding in lint_file(path) if finding.severity == "error"] == []
+
+
+def test_an_array_must_say_how_it_is_loaded():
+    found = provoked("tpu_v5e", compute__mxu__load="0 cycles")
+    (finding,) = [finding for finding in found if finding.severity == "warning"]
+    assert finding.path == "compute.mxu"
+    assert "putting a stationary tile into the array counts as free" in finding.message
+    assert provoked("tiny_systolic", compute__array__load="0 cycles") == []
 
 
 def test_a_unit_of_the_whole_chip_is_counted_once():

@@ -312,6 +312,9 @@ def _unit(unit: Values) -> ComputeUnit:
         depth=geometry["depth"],
         tiles=unit["tiles"] or default_tiles,
         startup_cycles=unit["startup"],
+        issue_cycles=unit["issue"],
+        load_cycles=unit["load"],
+        double_buffer=unit["double_buffer"],
         ops_per_cycle=dict(unit["ops_per_cycle"]),
     )
 
@@ -378,4 +381,6 @@ def _memory(memory: Values) -> MemoryLevel:
         endurance_writes=memory["endurance"],
         write_pulses=pulses,
         channel_bytes_per_s=memory["channel_rate"],
+        transfer_start_s=memory["transfer_start"],
+        transfer_engines=memory["transfer_engines"],
     )

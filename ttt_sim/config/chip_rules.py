@@ -49,6 +49,13 @@ def _check_unit(unit: Values, reader: Reader) -> None:
             if unit[key] is not None and unit[key] != "none":
                 reader.refuse(f"{path}.{key}", f"belongs to matrix units, {unit['name']!r} is a {unit['kind']} unit")
     _check_tiles(unit, path, reader)
+    if unit["dataflow"] != "weight_stationary":
+        for key in ("issue", "load", "double_buffer"):
+            if f"{path}.{key}" in reader.places:
+                reader.refuse(
+                    f"{path}.{key}",
+                    f"belongs to weight_stationary arrays, {unit['name']!r} is {unit['dataflow'] or 'none'}",
+                )
     peak = unit["peak"] or {}
     for table in ("efficiency", "energy", "ops_per_cycle"):
         for dtype in unit[table] or {}:

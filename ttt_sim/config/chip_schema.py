@@ -71,8 +71,13 @@ def _bytes(doc: str, *, required: bool = False, default: int | None = None) -> N
 _GEOMETRY = Group(
     doc="Matrix units: one instruction or pass of one instance.",
     fields={
-        "rows": WholeNumber(doc="Output rows; for in_array dataflow the rows of the array.", required=True),
-        "cols": WholeNumber(doc="Output columns; for in_array dataflow the columns of the array.", required=True),
+        "rows": WholeNumber(
+            doc="Output rows; for in_array and weight_stationary dataflow the rows of the array, along the reduction.",
+            required=True,
+        ),
+        "cols": WholeNumber(
+            doc="Output columns; for in_array and weight_stationary dataflow the columns of the array.", required=True
+        ),
         "depth": WholeNumber(doc="Length of the reduction. Default 1.", default=1),
     },
 )
@@ -129,11 +134,24 @@ _COMPUTE = Group(
             default={},
         ),
         "startup": Number(
-            doc="Cycles to fill and drain the array once per tile. Default 0 cycles.",
+            doc="Cycles to fill and drain the array once per tile, of a weight-stationary array once per op. Default 0 "
+            "cycles.",
             dimensions=(CYCLES,),
             whole=True,
             positive=False,
             default=0,
+        ),
+        "issue": Number(
+            doc="Weight-stationary arrays: least cycles of a pass, however few rows stream. Default 1 cycle.",
+            dimensions=(CYCLES,),
+            whole=True,
+            default=1,
+        ),
+        "load": _cycles("Weight-stationary arrays: loading one stationary tile into the array."),
+        "double_buffer": Flag(
+            doc="Weight-stationary arrays: the next tile loads while the array still multiplies with the one before. "
+            "Default false.",
+            default=False,
         ),
     },
 )
@@ -201,6 +219,13 @@ _MEMORY = Group(
             default=1.0,
         ),
         "volatile": Flag(doc="Contents are lost without power. Default true.", default=True),
+        "transfer_start": _amount(
+            "From the request of a DMA transfer to its first byte, in which its engine does nothing else; one transfer "
+            "for each operand and sequence. Default 0 s.",
+            TIME,
+            default=0.0,
+        ),
+        "transfer_engines": _count("DMA engines that begin transfers side by side. Default 1.", default=1),
         "endurance": _rate("Writes that a cell survives. Default: wear does not matter.", COUNT),
     },
 )

@@ -37,11 +37,12 @@ PACKING_GAIN = 0.1
 class TileWork:
     """What one tiled op costs. ``cache_bytes`` move between the shared cache and the cores.
 
-    ``tile`` (rows, columns); ``split`` parts of the reduction, ``depth`` elements of it per pipeline step; ``items``
-    tiles x splits x batch; ``waves`` rounds over the cores, rounded up; ``steps`` pipeline steps that the whole op
-    takes on the chip; ``matrix_cycles`` of the matrix units together, padding and idle cores included; ``core_bytes``
-    move inside the cores' scratchpads; ``extra_cycles``: kernels around it (adding the parts of a split reduction or
-    joining those of split keys, regrouping queries).
+    ``tile`` (rows, columns); ``split`` parts of the reduction (with ``splits_rows``: of the rows that stream, which the
+    tile has already), ``depth`` elements of the reduction per pipeline step; ``items`` tiles x splits x batch;
+    ``waves`` rounds over the cores, rounded up; ``steps`` pipeline steps that the whole op takes on the chip;
+    ``matrix_cycles`` of the matrix units together, padding and idle cores included; ``core_bytes`` move inside the
+    cores' scratchpads; ``extra_cycles``: kernels around it (adding the parts of a split reduction or joining those of
+    split keys, regrouping queries).
     """
 
     tile: tuple[int, int]
@@ -54,6 +55,12 @@ class TileWork:
     cache_bytes: int
     core_bytes: int
     extra_cycles: int = 0
+    splits_rows: bool = False
+
+    @property
+    def reduction_parts(self) -> int:
+        """Parts of the reduction that different cores sum."""
+        return 1 if self.splits_rows else self.split
 
 
 def ceil_float(value: float) -> int:
@@ -221,16 +228,8 @@ def attention(
     per_tile, chains = (group, batch * kv_heads) if packed else (1, batch * heads)
     tile_rows = _attention_rows(chip, per_tile * m)
     tiles = ceil_div(per_tile * m, tile_rows)  # per chain: a sequence and (KV) head
-    last_row = np.minimum(np.arange(1, tiles + 1, dtype=np.int64) * tile_rows, per_tile * m)
-    last_query = (last_row - 1) // per_tile
-    first_query = (np.arange(tiles, dtype=np.int64) * tile_rows) // per_tile
-    if pairs == m * n:
-        end, start = np.full(tiles, n, dtype=np.int64), np.zeros(tiles, dtype=np.int64)
-    else:
-        end = n - m + last_query + 1  # keys visible to the tile's last row
-        window = window_of(position=position, m=m, n=n, pairs=pairs)
-        start = np.maximum(n - m + first_query - window + 1, 0)
-    blocks = (end + ATTENTION_KEYS - 1) // ATTENTION_KEYS - start // ATTENTION_KEYS
+    start, end = visible_keys(per_tile, tile_rows, m=m, n=n, position=position, pairs=pairs)
+    blocks = visited_blocks(start, end, ATTENTION_KEYS)
     block_total = int(blocks.sum()) * chains
     items = tiles * chains
     splittable = rules.attention_packing != "single" or (packed and group > 1)
@@ -279,6 +278,29 @@ def attention(
         heads_per_tile=per_tile,
         extra_cycles=extra,
     )
+
+
+def visible_keys(
+    per_tile: int, tile_rows: int, *, m: int, n: int, position: int, pairs: int
+) -> tuple[IntArray, IntArray]:
+    """First key, and the key after the last, that any row of each tile of one chain sees, (tiles,) each.
+
+    A tile holds ``tile_rows`` rows, ``per_tile`` heads of a query side by side; ``m n`` pairs mean no mask, any fewer a
+    causal one with the window that gives that many.
+    """
+    tiles = ceil_div(per_tile * m, tile_rows)
+    if pairs == m * n:
+        return np.zeros(tiles, dtype=np.int64), np.full(tiles, n, dtype=np.int64)
+    last_row = np.minimum(np.arange(1, tiles + 1, dtype=np.int64) * tile_rows, per_tile * m)
+    last_query = (last_row - 1) // per_tile
+    first_query = (np.arange(tiles, dtype=np.int64) * tile_rows) // per_tile
+    window = window_of(position=position, m=m, n=n, pairs=pairs)
+    return np.maximum(n - m + first_query - window + 1, 0), n - m + last_query + 1
+
+
+def visited_blocks(start: IntArray, end: IntArray, keys: int) -> IntArray:
+    """Blocks of ``keys`` keys that hold a key from ``start`` up to ``end``."""
+    return (end + keys - 1) // keys - start // keys
 
 
 def reduction_of_split(chip: Chip, split: int) -> int:

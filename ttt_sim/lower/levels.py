@@ -1,0 +1,326 @@
+"""What mappers charge in the same way whatever computes the products: main memory, the shared on-chip level, vector and
+special units, links, launches. A mapper adds its products and attention cores to a :data:`Work` in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ttt_sim.chip import Chip, ComputeUnit, MemoryLevel
+from ttt_sim.dtypes import DTYPE_BITS, DTYPES
+from ttt_sim.errors import ConfigError
+from ttt_sim.lower.kernels import Kernels, sibling_group
+from ttt_sim.lower.tiles import AttentionWork, TileWork, flops_per_cycle
+from ttt_sim.lower.traffic import MAIN, Traffic, usable_cache_bytes
+from ttt_sim.lower.work import CACHE, LEVELS, LINK, MATRIX, READ, SPECIAL, VECTOR, WRITE, KernelWork, OpTiles
+from ttt_sim.ops import KIND, OP_KINDS, IntArray, OpClass, Trace, lane_ops, op_classes, owners, total_by
+
+#: Bytes of operands that one core streams per pipeline step of a row-wise kernel.
+STREAM_STEP_BYTES = 16 * 1024
+
+#: Columns that a mapper adds to, by name: of length ``n_kernels``, and the tiles of ops (``op_``) of length ``n_ops``.
+Work = dict[str, IntArray]
+_COLUMNS = (
+    "cache_bytes", "core_bytes", "matrix", "steps", "restream", "items", "waves", "split", "rows", "cols", "extra",
+    "link",
+)  # fmt: skip
+
+
+def no_work(trace: Trace, kernels: Kernels) -> Work:
+    """Nothing done yet."""
+    work = {name: np.zeros(kernels.n, dtype=np.int64) for name in _COLUMNS}
+    return work | {f"op_{name}": np.zeros(trace.n_ops, dtype=np.int64) for name in OpTiles.__slots__}
+
+
+def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: Work) -> KernelWork:
+    """All levels of every kernel, from its tiled ops (``work``) and what every chip charges in the same way.
+
+    Raises:
+        ConfigError: the chip lacks a unit or a link that the trace needs.
+    """
+    n, main = kernels.n, chip.main_memory
+    share = stream_share(trace, chip, kernels)
+    _collectives(trace, chip, kernels, work)
+
+    # Row-wise ops stream what they exchange with the cache once.
+    op_class = op_classes(trace)
+    rowwise = np.zeros(n, dtype=np.bool_)
+    rowwise[kernels.of_op] = True
+    rowwise[kernels.of_op[op_class <= int(OpClass.ATTENTION)]] = False
+    streamed = np.where(rowwise, traffic.on_chip_bytes, 0)
+    work["cache_bytes"] += streamed
+    work["core_bytes"] += streamed
+    row_steps = -(-traffic.on_chip_bytes // (chip.cores * STREAM_STEP_BYTES))
+    steps = np.maximum(np.where(rowwise, row_steps, work["steps"]), 1)
+
+    work["restream"] += np.where(_rereads(trace, chip, kernels), traffic.main_read_bytes, 0)
+    lanes, special_ops = (total_by(kernels.of_op, values, n) for values in lane_ops(trace))
+    flops = total_by(kernels.of_op, trace.flops, n)
+    read_bytes = traffic.main_read_bytes + work["restream"]
+    cycles = np.zeros((n, len(LEVELS)), dtype=np.int64)
+    cycles[:, READ] = slower(transfer_cycles(chip, main, read_bytes, write=False), share)
+    cycles[:, WRITE] = slower(transfer_cycles(chip, main, traffic.main_write_bytes, write=True), share)
+    cycles[:, READ] += _transfer_starts(trace, chip, kernels, traffic.read_place, write=False)
+    cycles[:, WRITE] += _transfer_starts(trace, chip, kernels, traffic.write_place, write=True)
+    cycles[:, LINK] = work["link"]
+    if chip.cache is not None and chip.cache is not main:
+        cycles[:, CACHE] = transfer_cycles(chip, chip.cache, work["cache_bytes"], write=False)
+    cycles[:, MATRIX] = work["matrix"]
+    cycles[:, VECTOR], cycles[:, SPECIAL] = _vector_cycles(chip, lanes, special_ops)
+    cycles[:, VECTOR] += _append_cycles(trace, chip, kernels)
+
+    launch = np.full(n, chip.cycles(chip.overheads.op_launch_s) + chip.library.kernel_cycles, dtype=np.int64)
+    launch += work["extra"]
+    if chip.mapping.serial_kernels:  # the first load of a kernel waits for nothing to hide its latency behind
+        launch += np.where(cycles[:, READ] > 0, chip.cycles(main.latency_s), 0)
+    first_of_step = np.r_[True, np.diff(trace.step[kernels.lead]) != 0]
+    launch[first_of_step] += chip.cycles(chip.overheads.call_s)
+
+    return KernelWork(
+        cycles=cycles,
+        steps=steps,
+        main_read_bytes=read_bytes,
+        main_write_bytes=traffic.main_write_bytes,
+        restream_bytes=work["restream"],
+        cache_bytes=work["cache_bytes"],
+        core_bytes=work["core_bytes"],
+        flops=flops,
+        lane_ops=lanes,
+        special_ops=special_ops,
+        launch_cycles=launch,
+        row=_rows(trace, kernels),
+        tile_rows=work["rows"],
+        tile_cols=work["cols"],
+        split=work["split"],
+        items=work["items"],
+        waves=work["waves"],
+        op_tiles=OpTiles(**{name: work[f"op_{name}"] for name in OpTiles.__slots__}),
+    )
+
+
+def slower(cycles: IntArray, share: npt.NDArray[np.float64]) -> IntArray:
+    """Cycles at a share of the bandwidth."""
+    return np.ceil(cycles / share).astype(np.int64)
+
+
+#: Key of ``library.stream_fraction`` by class of op, where that is not the op's own kind.
+_STREAM_KEY = {OpClass.MATMUL: "product", OpClass.ATTENTION: "attention", OpClass.SCAN: "delta_rule"}
+
+
+def stream_share(trace: Trace, chip: Chip, kernels: Kernels) -> npt.NDArray[np.float64]:
+    """Share of the achievable main-memory bandwidth by kernel: that of its products, else the least of its ops."""
+    rules = chip.library.stream_frac
+    by_kind = np.array([rules.get(_STREAM_KEY.get(kind.op_class, kind.name), 1.0) for kind in OP_KINDS])
+    tiled = np.isin(op_classes(trace), [int(op_class) for op_class in _STREAM_KEY])
+    share = np.ones(kernels.n, dtype=np.float64)
+    np.minimum.at(share, kernels.of_op[~tiled], by_kind[trace.kind[~tiled]])
+    share[kernels.of_op[tiled]] = by_kind[trace.kind[tiled]]
+    return share
+
+
+#: Row-wise ops that reduce over a row before they can store any of it, and the copies of it that a core holds: norms
+#: keep their weights beside it.
+_REDUCE_ROWS = {"attn_norm": 2, "mlp_norm": 2, "final_norm": 2, "layernorm": 2, "softmax": 1}
+
+
+def _rereads(trace: Trace, chip: Chip, kernels: Kernels) -> npt.NDArray[np.bool_]:
+    """Kernels that read their rows twice, because a row is longer than a core can hold."""
+    bits = np.array([DTYPE_BITS[dtype] for dtype in DTYPES], dtype=np.int64)[trace.dtype]
+    copies = np.array([_REDUCE_ROWS.get(kind.name, 0) for kind in OP_KINDS], dtype=np.int64)[trace.kind]
+    long = (copies * trace.n * bits > 8 * chip.library.row_bytes) & (chip.library.row_bytes > 0)
+    flags = np.zeros(kernels.n, dtype=np.bool_)
+    flags[kernels.of_op[long]] = True
+    return flags
+
+
+def _append_cycles(trace: Trace, chip: Chip, kernels: Kernels) -> IntArray:
+    """Each row that an append stores holds a core for a while, however narrow it is."""
+    rows = np.where(trace.kind == KIND["kv_append"], trace.batch * trace.m, 0) * chip.library.row_cycles
+    return -(-total_by(kernels.of_op, rows, kernels.n) // chip.cores)
+
+
+def _transfer_starts(trace: Trace, chip: Chip, kernels: Kernels, place: IntArray, *, write: bool) -> IntArray:
+    """Cycles in which the engines of the main memory begin transfers: one for each operand and sequence."""
+    main = chip.main_memory
+    ptr, nbytes = (trace.write_ptr, trace.write_bytes) if write else (trace.read_ptr, trace.read_bytes)
+    op = owners(ptr)
+    transfers = np.where((place == MAIN) & (nbytes > 0), trace.batch[op], 0)
+    rounds: IntArray = -(-total_by(kernels.of_op[op], transfers, kernels.n) // main.transfer_engines)
+    return rounds * chip.cycles(main.transfer_start_s)
+
+
+def _collectives(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> None:
+    """Sums over chips, in a ring over the first link; the faster of two protocols (see :class:`ttt_sim.chip.Link`).
+
+    Raises:
+        ConfigError: the chip has no link to other chips.
+    """
+    ops = np.flatnonzero(op_classes(trace) == int(OpClass.COLLECTIVE))
+    if not ops.size:
+        return
+    link = next((link for link in chip.links if link.scope == "chip" and link.topology != "host"), None)
+    if link is None:
+        raise ConfigError(f"{chip.name}: the workload sums over several chips and the chip file has no link to others")
+    for op in ops:
+        ranks = int(trace.heads[op])
+        nbytes = int(trace.read_bytes[trace.read_ptr[op] : trace.read_ptr[op + 1]].sum())
+        fixed = link.start_s + 2 * (ranks - 1) * link.latency_s
+        moved = 2 * (ranks - 1) * nbytes / (ranks * link.bytes_per_s)
+        seconds = fixed + min(moved / link.short_frac, link.bulk_start_s + moved / link.bulk_frac)
+        kernel = kernels.of_op[op]
+        work["link"][kernel] += chip.cycles(seconds)
+        work["steps"][kernel] += 1
+
+
+def transfer_cycles(chip: Chip, memory: MemoryLevel, nbytes: IntArray, *, write: bool) -> IntArray:
+    """Cycles in which all channels of ``memory`` together move ``nbytes`` (array), 0 for no bytes.
+
+    Addresses are striped over the channels one interleave unit at a time, so the busiest channel moves
+    ceil(units / channels) of them: a short transfer leaves channels idle.
+    """
+    rate = memory.write_bytes_per_s if write else memory.read_bytes_per_s
+    per_cycle = rate * memory.achievable_frac / chip.clock_hz
+    unit = memory.interleave_bytes * memory.channels
+    rounded = -(-nbytes // memory.interleave_bytes) * memory.interleave_bytes
+    busiest = -(-rounded // unit) * memory.interleave_bytes
+    return np.ceil(busiest / (per_cycle / memory.channels)).astype(np.int64)
+
+
+def add_products(
+    trace: Trace,
+    kernels: Kernels,
+    work: Work,
+    by_op: IntArray,
+    choose: Callable[[int, int, int, int, str, int], TileWork],
+) -> None:
+    """Add the GEMMs; neighbouring sibling GEMMs of a kernel are one GEMM.
+
+    ``choose(m, n, k, batch, dtype, value)`` maps one product; ``value`` is that of ``by_op`` (n_ops,).
+    """
+    matmul = np.flatnonzero(op_classes(trace) == int(OpClass.MATMUL))
+    if not matmul.size:
+        return
+    group, kernel = sibling_group()[trace.kind], kernels.of_op[matmul]
+    new = np.r_[True, (np.diff(kernel) != 0) | (np.diff(group[matmul]) != 0) | (np.diff(matmul) != 1)]
+    first = matmul[new]
+    width = np.add.reduceat(trace.n[matmul], np.flatnonzero(new))
+    shapes = np.stack(
+        [trace.m[first], width, trace.k[first], trace.batch[first], trace.dtype[first], by_op[first]], axis=1
+    )
+    unique, inverse = np.unique(shapes, axis=0, return_inverse=True)
+    chosen = [choose(int(m), int(w), int(k), int(b), DTYPES[int(t)], int(value)) for m, w, k, b, t, value in unique]
+    inverse = inverse.reshape(-1)
+    _add(work, kernels.of_op[first], inverse, chosen)
+    merged = np.cumsum(new) - 1  # the product that each op is part of
+    _note(work, matmul, inverse[merged], chosen)
+    before = np.cumsum(trace.n[matmul]) - trace.n[matmul]  # columns of all ops before
+    work["op_offset"][matmul] = before - before[new][merged]
+
+
+def add_attention(trace: Trace, chip: Chip, kernels: Kernels, work: Work, choose: Callable[..., AttentionWork]) -> None:
+    """Add the attention cores, each mapped by ``choose`` (see :func:`ttt_sim.lower.tiles.attention`)."""
+    core = np.flatnonzero(op_classes(trace) == int(OpClass.ATTENTION))
+    if not core.size:
+        return
+    usable = usable_cache_bytes(trace, chip)
+    kv_bytes = _kv_bytes(trace)[core]
+    columns = (
+        trace.batch,
+        trace.m,
+        trace.n,
+        trace.k,
+        trace.heads,
+        trace.kv_heads,
+        trace.position,
+        trace.pairs,
+        trace.dtype,
+    )
+    shapes = np.stack([*(column[core] for column in columns), kv_bytes], axis=1)
+    unique, inverse = np.unique(shapes, axis=0, return_inverse=True)
+    streams = [
+        choose(
+            chip, batch=int(b), m=int(m), n=int(n), head_dim=int(d), heads=int(h), kv_heads=int(g), position=int(p),
+            pairs=int(pairs), dtype=DTYPES[int(t)], kv_bytes=int(kv), usable_cache_bytes=usable,
+        )
+        for b, m, n, d, h, g, p, pairs, t, kv in unique
+    ]  # fmt: skip
+    inverse = inverse.reshape(-1)
+    _add(work, kernels.of_op[core], inverse, streams)
+    _note(work, core, inverse, streams)
+    work["op_heads"][core] = np.array([stream.heads_per_tile for stream in streams], dtype=np.int64)[inverse]
+    passes = np.array([stream.kv_passes for stream in streams], dtype=np.int64)[inverse]
+    np.add.at(work["restream"], kernels.of_op[core], (passes - 1) * kv_bytes)
+
+
+def _add(work: Work, kernel: IntArray, shape: IntArray, chosen: Sequence[TileWork]) -> None:
+    """Add the work of each tiled op (``chosen[shape]``) to its kernel; the largest op of a kernel names its tile."""
+    for column, values in (
+        ("cache_bytes", [t.cache_bytes for t in chosen]),
+        ("core_bytes", [t.core_bytes for t in chosen]),
+        ("matrix", [t.matrix_cycles for t in chosen]),
+        ("steps", [t.steps for t in chosen]),
+        ("extra", [t.extra_cycles for t in chosen]),
+    ):
+        np.add.at(work[column], kernel, np.array(values, dtype=np.int64)[shape])
+    largest = np.argsort(np.array([t.matrix_cycles for t in chosen], dtype=np.int64)[shape], kind="stable")
+    for column, values in (
+        ("items", [t.items for t in chosen]),
+        ("waves", [t.waves for t in chosen]),
+        ("split", [t.split for t in chosen]),
+        ("rows", [t.tile[0] for t in chosen]),
+        ("cols", [t.tile[1] for t in chosen]),
+    ):
+        work[column][kernel[largest]] = np.array(values, dtype=np.int64)[shape[largest]]
+
+
+def _note(work: Work, ops: IntArray, shape: IntArray, chosen: Sequence[TileWork]) -> None:
+    """Write down the tile of each op of ``ops``, ``chosen[shape]``."""
+    for column, values in (
+        ("op_rows", [t.tile[0] for t in chosen]),
+        ("op_cols", [t.tile[1] for t in chosen]),
+        ("op_split", [t.reduction_parts for t in chosen]),
+        ("op_depth", [t.depth for t in chosen]),
+    ):
+        work[column][ops] = np.array(values, dtype=np.int64)[shape]
+
+
+def _kv_bytes(trace: Trace) -> IntArray:
+    """Bytes of keys and values that each attention core reads, from a cache or as fresh rows: all but its queries."""
+    read = total_by(owners(trace.read_ptr), trace.read_bytes, trace.n_ops)
+    bits = np.array([DTYPE_BITS[dtype] for dtype in DTYPES], dtype=np.int64)[trace.dtype]
+    queries = -(-trace.batch * trace.heads * trace.m * trace.k * bits // 8)
+    return np.maximum(read - queries, 0)
+
+
+def _lane_rate(chip: Chip, unit: ComputeUnit) -> float:
+    """Lane operations per cycle; element-wise work is done in fp32 whatever the operands' dtype."""
+    dtype = "fp32" if "fp32" in unit.peak_per_s else next(iter(unit.peak_per_s))
+    return flops_per_cycle(chip, unit, dtype)
+
+
+def _vector_cycles(chip: Chip, lane_ops: IntArray, special_ops: IntArray) -> tuple[IntArray, IntArray]:
+    """Cycles on the vector and special-function units; without the latter, transcendentals take vector lanes."""
+    if not chip.has_unit("vector"):
+        if (lane_ops + special_ops).any():
+            raise ConfigError(f"{chip.name}: the workload needs a vector unit and the chip has none")
+        return lane_ops, special_ops
+    rate = _lane_rate(chip, chip.unit("vector"))
+    if not chip.has_unit("special"):
+        return _ceil(lane_ops + special_ops, rate), np.zeros_like(special_ops)
+    return _ceil(lane_ops, rate), _ceil(special_ops, _lane_rate(chip, chip.unit("special")))
+
+
+def _ceil(work: IntArray, rate: float) -> IntArray:
+    return np.ceil(work / rate).astype(np.int64)
+
+
+def _rows(trace: Trace, kernels: Kernels) -> IntArray:
+    """The tensor that a kernel reads most of stands for the DRAM row it has open."""
+    kernel = kernels.of_op[owners(trace.read_ptr)]
+    order = np.lexsort((trace.read_bytes, kernel))
+    rows: npt.NDArray[np.int64] = np.zeros(kernels.n, dtype=np.int64)
+    rows[kernel[order]] = trace.read_tensor[order]
+    return rows
