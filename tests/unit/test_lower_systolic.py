@@ -243,12 +243,20 @@ def test_decode_attention(engine):
     assert free.cycles[0, MATRIX] == 32 + 16 + 4 * 32 // 2
 
 
+def test_probabilities_stay_where_values_are_wide():
+    # Loads of 64 and heads of 64: four passes for scores. Of the values four tiles could stay, or the one tile of two
+    # rows of probabilities, through which 64 rows of values stream. A block: 4 * 64 + 64, and 64 to turn.
+    trace = attention_trace(m=1, before=31, heads=4, kv_heads=2, head_dim=64, window=None)
+    work = lower(trace, tiny(compute__array__load="64 cycles")).work
+    assert work.cycles[0, MATRIX] == 32 + 64 + 4 * (4 * 64 + 64 + 64) // 2
+
+
 def test_prefill_attention_visits_blocks_up_to_the_diagonal(engine):
     # 2 query heads of one KV head: two tiles of 64 rows, 32 queries each, which see 2 and 4 blocks of 16 keys. A
     # block: 64 rows stream for scores, for values, and 4 passes of 16 rows turn the probabilities.
     trace = attention_trace(m=64, before=0, heads=2, kv_heads=1, head_dim=16, window=None)
     work = simulate_trace(tiny(), trace, engine=engine).lowered.work
-    assert (work.tile_rows[0], work.tile_cols[0], work.items[0]) == (64, 16, 2)
+    assert (work.tile_rows[0], work.tile_cols[0], work.items[0], work.steps[0]) == (64, 16, 2, 3)
     assert work.cycles[0, MATRIX] == 32 + 16 + 6 * 3 * 64 // 2
     # 32 queries of 2 heads that are one row short of 64 in the second tile stream 62 rows there
     short = lower(attention_trace(m=63, before=0, heads=2, kv_heads=1, head_dim=16, window=None), tiny()).work

@@ -318,9 +318,13 @@ def _ceil(work: IntArray, rate: float) -> IntArray:
 
 
 def _rows(trace: Trace, kernels: Kernels) -> IntArray:
-    """The tensor that a kernel reads most of stands for the DRAM row it has open."""
-    kernel = kernels.of_op[owners(trace.read_ptr)]
-    order = np.lexsort((trace.read_bytes, kernel))
+    """The tensor that a kernel reads most of (or writes, if it reads none) stands for the DRAM row it has open."""
     rows: npt.NDArray[np.int64] = np.zeros(kernels.n, dtype=np.int64)
-    rows[kernel[order]] = trace.read_tensor[order]
+    for ptr, nbytes, tensor in (
+        (trace.write_ptr, trace.write_bytes, trace.write_tensor),
+        (trace.read_ptr, trace.read_bytes, trace.read_tensor),
+    ):
+        kernel = kernels.of_op[owners(ptr)]
+        order = np.lexsort((nbytes, kernel))
+        rows[kernel[order]] = tensor[order]
     return rows
