@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,13 +101,3 @@ def test_every_simulation_of_a_row_agrees_between_engines(measured: Validation) 
     compiled, _ = predict_rows(rows, DEVICES)
     simpy, _ = predict_rows(rows, DEVICES, engine="simpy")
     assert [p and p.predicted_us for p in compiled] == [p and p.predicted_us for p in simpy]
-
-
-def test_speed(measured: Validation) -> None:
-    """200 rows of ops and 10 of whole models a second, each with a shape of its own."""
-    for whole, per_second in ((False, 200), (True, 10)):
-        rows = [p.row for p in measured.predictions if (p.row.op not in OPERATORS) == whole]
-        rows = [replace(row, source=row.source) for row in rows]
-        start = time.perf_counter()
-        predict_rows(rows, DEVICES)
-        assert len(rows) / (time.perf_counter() - start) > per_second
