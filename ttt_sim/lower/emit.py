@@ -32,6 +32,8 @@ from ttt_sim.program import WRITE as WRITE_TASK
 
 #: A level is major from this share of the busiest level on (one over it).
 MAJOR_SHARE = 8
+#: Squares of more steps than this do not fit 64 bits.
+LONGEST_EXACT = 1 << 31
 _LEVEL_KIND = (READ_TASK, COMPUTE, COMPUTE, COMPUTE, COMPUTE, COMPUTE, WRITE_TASK)
 
 BoolArray = npt.NDArray[np.bool_]
@@ -141,7 +143,11 @@ class _Tasks:
 
 def _share(total: IntArray, steps: IntArray, at: IntArray) -> IntArray:
     """floor(total * at / steps) without overflow."""
-    return (total // steps) * at + (total % steps) * at // steps
+    rest = total % steps
+    if int(steps.max(initial=0)) > LONGEST_EXACT:
+        part = rest.astype(object) * at // steps
+        return (total // steps) * at + part.astype(np.int64)
+    return (total // steps) * at + rest * at // steps
 
 
 def _pieces(work: KernelWork, groups: int, detail: int) -> tuple[IntArray, BoolArray, IntArray]:

@@ -43,7 +43,7 @@ def explain(row: Row, chip: Chip, *, harness: str) -> Explanation:
     """
     devices = Devices(chip)
     found, problems = predict_rows([row], devices, harness=harness)
-    raise_problems(problems)
+    raise_problems([problem.partition(": ")[2] for problem in problems])
     prediction = found[0]
     assert prediction is not None
     cache = chip.cache.capacity_bytes if chip.cache is not None else 0

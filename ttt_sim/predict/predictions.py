@@ -19,7 +19,7 @@ from ttt_sim.predict.harness import GROUP_OF_OP, HARNESSES, Harness, harness_of
 from ttt_sim.predict.models import Part, parts_of
 from ttt_sim.predict.predictor import StepTime, simulate_steps
 from ttt_sim.predict.rows import ROW_DTYPES, WHOLE_MODEL, Row
-from ttt_sim.predict.workloads import Step, step_of
+from ttt_sim.predict.workloads import step_of
 
 #: Columns that a prediction adds to those of its row.
 OUTPUT_COLUMNS = ("chip", "predicted_us", "low_us", "high_us", "bound_by", "included")
@@ -95,24 +95,24 @@ def predict_rows(
 
     Returns the predictions (None for rows that no chip can run) and what is wrong with those rows, each with its line.
     """
-    problems: list[str] = []
+    problems: dict[int, str] = {}
     work: list[tuple[Chip, _Work] | None] = []
-    for row in rows:
+    for index, row in enumerate(rows):
         try:
             chip = devices.chip(row.device)
             _check(row, chip)
             chosen = HARNESSES[harness or harness_of(row.source)]
             work.append((chip, _work(row, chip, chosen)))
         except TTTSimError as error:
-            problems.append(f"line {row.line}: {error}")
+            problems[index] = str(error)
             work.append(None)
-    times = _simulate([item for item in work if item is not None], engine)
-    found = iter(times)
+    times, refused = _simulate(work, engine)
+    problems |= {index: str(error) for index, error in refused.items()}
     predictions = [
-        None if item is None else _prediction(row, item[0], item[1], next(found))
-        for row, item in zip(rows, work, strict=True)
+        None if item is None or not found else _prediction(row, item[0], item[1], found)
+        for row, item, found in zip(rows, work, times, strict=True)
     ]
-    return predictions, problems
+    return predictions, [f"line {rows[index].line}: {problems[index]}" for index in sorted(problems)]
 
 
 def _check(row: Row, chip: Chip) -> None:
@@ -148,18 +148,35 @@ def _work(row: Row, chip: Chip, harness: Harness) -> _Work:
     return _Work((Part(step, 1),), extra, ", ".join(words))
 
 
-def _simulate(work: Sequence[tuple[Chip, _Work]], engine: str) -> list[list[StepTime]]:
-    """Times of the steps of each item, simulated chip by chip."""
+def _simulate(
+    work: Sequence[tuple[Chip, _Work] | None], engine: str
+) -> tuple[list[list[StepTime]], dict[int, TTTSimError]]:
+    """Times of the steps of each item, simulated chip by chip, and by index why a chip cannot run an item."""
     by_chip: dict[int, tuple[Chip, list[int]]] = {}
-    for index, (chip, _) in enumerate(work):
-        by_chip.setdefault(id(chip), (chip, []))[1].append(index)
+    for index, item in enumerate(work):
+        if item is not None:
+            by_chip.setdefault(id(item[0]), (item[0], []))[1].append(index)
     times: list[list[StepTime]] = [[] for _ in work]
+    refused: dict[int, TTTSimError] = {}
+
+    def simulate(chip: Chip, members: Sequence[int]) -> None:
+        parts = [item[1].parts for i in members if (item := work[i]) is not None]
+        try:
+            found = iter(simulate_steps(chip, [part.step for part in chain.from_iterable(parts)], engine=engine))
+        except TTTSimError as error:  # halve until the items that cannot run are alone
+            if len(members) == 1:
+                refused[members[0]] = error
+                return
+            middle = len(members) // 2
+            simulate(chip, members[:middle])
+            simulate(chip, members[middle:])
+            return
+        for i, mine in zip(members, parts, strict=True):
+            times[i] = [next(found) for _ in mine]
+
     for chip, members in by_chip.values():
-        steps: list[Step] = list(chain.from_iterable((part.step for part in work[i][1].parts) for i in members))
-        found = iter(simulate_steps(chip, steps, engine=engine))
-        for i in members:
-            times[i] = [next(found) for _ in work[i][1].parts]
-    return times
+        simulate(chip, members)
+    return times, refused
 
 
 def _prediction(row: Row, chip: Chip, work: _Work, times: Sequence[StepTime]) -> Prediction:

@@ -124,18 +124,22 @@ def parse_rows(text: str, path: str, *, models: Sequence[str] = ()) -> RowFile:
     """Rows of a file's ``text``; ``path`` stands in messages. Raises as :func:`read_rows` does."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        header = tuple(name.strip() for name in next(reader))
+        header = tuple(name.strip() for name in next(cells for cells in reader if cells))
+        top = reader.line_num
         lines = [(reader.line_num, cells) for cells in reader if cells]
     except StopIteration:
         raise ConfigError(f"{path}: is empty, expected a header with {', '.join(REQUIRED_COLUMNS)}") from None
     except csv.Error as error:
         raise ConfigError(f"{path}:{reader.line_num}: {error}") from None
+    separator = next((sign for sign in ";\t" if len(header) == 1 and sign in header[0]), None)
+    if separator is not None:
+        raise ConfigError(f"{path}:{top}: cells are separated by {separator!r}, expected commas")
     for name in header:
         if header.count(name) > 1:
-            raise ConfigError(f"{path}:1: the column {name!r} is given twice")
+            raise ConfigError(f"{path}:{top}: the column {name!r} is given twice")
     for name in REQUIRED_COLUMNS:
         if name not in header:
-            raise ConfigError(f"{path}:1: the column {name!r} is missing{did_you_mean(name, header)}")
+            raise ConfigError(f"{path}:{top}: the column {name!r} is missing{did_you_mean(name, header)}")
     rows: list[Row] = []
     problems: list[str] = []
     for line, cells in lines:
@@ -176,7 +180,8 @@ def _read_row(
         most = 1 if name == "causal" else LARGEST
         if not text:
             if name in OPS[op] and name != "model":
-                missing = "is empty" if name in header else "the file has no such column"
+                near = did_you_mean(name, _unknown(header))
+                missing = "is empty" if name in header else f"the file has no such column{near}"
                 problems.append(f"{name}: {missing}, a row of {op} needs it")
             continue
         number = _whole(text)
@@ -195,24 +200,32 @@ def _read_row(
     return row
 
 
+def _unknown(header: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in header if name not in SCHEMA)
+
+
+def _number(text: str) -> float:
+    """A number in ASCII digits; NaN for anything else that Python would read as one, such as 1_000."""
+    if not text.isascii() or "_" in text:
+        return math.nan
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def _whole(text: str) -> int | None:
     """A whole number, also written as 128.0; None for anything else."""
     if text.isascii() and text.isdecimal() and len(text) <= 15:
         return int(text)
-    try:
-        value = float(text)
-    except ValueError:
-        return None
+    value = _number(text)
     return int(value) if math.isfinite(value) and value == int(value) else None
 
 
 def _latency(text: str, problems: list[str]) -> float | None:
     if not text:
         return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not (math.isfinite(value) and value > 0):
         problems.append(f"latency_us: {text!r} is not a number greater than 0")
         return None

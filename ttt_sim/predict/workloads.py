@@ -2,7 +2,8 @@
 
 Many rows share one trace, so that lowering and engine work on all of them at once. On a chip that runs one kernel after
 another (``serial_kernels``) the rows of a trace follow each other and nothing of one is left when the next begins, so
-the time between two finishes is that of the row alone; other chips get a trace for each row.
+the time between two finishes is that of the row alone; other chips get a trace for each row,
+which takes from its first start to its last finish.
 """
 
 from __future__ import annotations
