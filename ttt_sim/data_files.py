@@ -43,15 +43,25 @@ def find(folder: str, name: str, suffix: str) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; raises :class:`ConfigError` where it cannot be written."""
-    part = path.with_name(f"{path.name}.part")
+    """Write a file whole or not at all; raises :class:`ConfigError` where it cannot be written.
+
+    A link stays a link to the new content. What is neither file nor folder (a terminal, a pipe) is written to in place.
+    """
+    part: Path | None = None
     try:
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a folder, expected a file")
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
+        target = path.resolve()
+        part = target.with_name(f"{target.name}.part")
         part.write_bytes(content)
-        os.replace(part, path)
-    except OSError as error:
-        if part.is_file():
+        os.replace(part, target)
+    except (OSError, RuntimeError) as error:  # a loop of links raises either
+        if part is not None and part.is_file():
             part.unlink()
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise ConfigError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def did_you_mean(word: str, candidates: list[str] | tuple[str, ...], *, limit: int = 3) -> str:

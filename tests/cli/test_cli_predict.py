@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,65 @@ def test_calibrate_writes_a_chip_file(tmp_path: Path) -> None:
     assert record["data"].startswith("rows.csv ")
     assert record["rows"] == "40"
     assert "mine.yaml: 0 errors" in succeed("lint", "mine.yaml", cwd=tmp_path)
+
+
+def test_calibrate_never_writes_what_is_no_chip_file_nor_over_its_rows(tmp_path: Path) -> None:
+    lines = [f"H100-SXM5-80GB,bf16,gemm,{2**i},4096,{2**j},,,,,,,,,{8 + 2 ** (i + j) / 3e5},x" for i in range(4, 8)
+             for j in range(8, 10)]  # fmt: skip
+    rows = write(tmp_path, HEADER + "\n".join(lines) + "\n", "rows.yaml")
+    before = (tmp_path / rows).read_bytes()
+    for extra, message in (
+        (("-o", rows), "rows.yaml: holds the rows to fit"),
+        (("-o", "My file.yaml"), "name: 'My file': must be a name of small letters"),
+        (("-o", "mine"), "mine: a chip file ends in .yaml"),
+        (("-o", "m.yaml", "--set", "library.kernel=1500"), "--set: library.kernel: the new file would not hold it"),
+    ):
+        done = ttt_sim("calibrate", "h100", rows, *extra, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [rows]
+    assert (tmp_path / rows).read_bytes() == before
+    succeed("calibrate", "h100:H100-PCIe", rows, "-o", "pcie.yaml", cwd=tmp_path)
+    assert load_chip(tmp_path / "pcie.yaml").provenance["library.kernel"].calibration["rows"] == "8"
+
+
+def test_output_goes_through_links_and_never_replaces_a_device(tmp_path: Path) -> None:
+    rows = write(tmp_path, HEADER + ROWS["gemm"] + "\n")
+    (tmp_path / "link.csv").symlink_to("out.csv")
+    succeed("predict", "auto", rows, "-o", "link.csv", cwd=tmp_path)
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "out.csv").is_file()
+    for out in (".", ""):
+        done = ttt_sim("predict", "auto", rows, "-o", out, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "is a folder, expected a file" in done.stderr
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        succeed("predict", "auto", rows, "-o", "pipe", cwd=tmp_path)
+        assert os.read(reader, 1 << 16) == (tmp_path / "out.csv").read_bytes()
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_validate_of_rows_that_are_all_wrong_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data", HEADER + BAD)
+    done = ttt_sim("validate", "--data", "data", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "rows.csv:2: op: 'gem' is unknown" in done.stderr
+
+
+def test_other_separators_and_spellings_of_columns_are_named(tmp_path: Path) -> None:
+    for text, message in (
+        ("device;dtype;op\nh100;bf16;gemm\n", "rows.csv:1: cells are separated by ';', expected commas"),
+        (
+            "device,dtype,op,m,n,K\nh100,bf16,gemm,1,1,1\n",
+            "rows.csv:2: k: the file has no such column, did you mean K?",
+        ),
+    ):
+        done = ttt_sim("predict", "h100", write(tmp_path, text), "-o", "out.csv", cwd=tmp_path)
+        assert done.returncode == 2
+        assert message in done.stderr

@@ -75,17 +75,20 @@ def load_chip(
 
     Raises :class:`ConfigError` with everything that is wrong, one line each.
     """
-    chip, named_variant = _split_variant(chip)
+    chip, named_variant = split_variant(chip)
     if variant is not None and named_variant is not None and variant != named_variant:
         raise ConfigError(f"two variants given: {named_variant!r} in the chip's name and {variant!r}")
     return build_chip(read_chip_file(chip), variant=variant or named_variant, overrides=overrides)
 
 
-def read_chip_file(chip: str | Path) -> ChipFile:
-    """Read and check a chip file with all its variants; raises :class:`ConfigError` with everything that is wrong."""
-    path = _resolve(chip)
+def read_chip_file(chip: str | Path, content: bytes | None = None) -> ChipFile:
+    """Read and check a chip file with all its variants; raises :class:`ConfigError` with everything that is wrong.
+
+    ``content``  what the file will hold, to be checked before it is written
+    """
+    path = _resolve(chip) if content is None else Path(chip)
     label = _label(path)
-    tree, raw = read_yaml(path, label)
+    tree, raw = read_yaml(path, label, content)
     problems = Problems()
     values, reader = _read(tree, problems)
     used = set(reader.used_sources)
@@ -153,7 +156,8 @@ def _read(tree: YamlMapping, problems: Problems) -> tuple[Values | None, Reader]
     return values, reader
 
 
-def _split_variant(chip: str | Path) -> tuple[str | Path, str | None]:
+def split_variant(chip: str | Path) -> tuple[str | Path, str | None]:
+    """Chip and variant of ``chip:VARIANT``."""
     if isinstance(chip, Path) or ":" not in chip or Path(chip).exists():
         return chip, None
     name, _, variant = chip.rpartition(":")

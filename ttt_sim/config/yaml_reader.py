@@ -78,14 +78,15 @@ class Problems:
         raise ConfigError("\n".join(lines))
 
 
-def read_yaml(path: Path, label: str) -> tuple[YamlMapping, bytes]:
-    """The mapping at the top of a YAML file, and the file's bytes. ``label`` names the file in messages.
+def read_yaml(path: Path, label: str, content: bytes | None = None) -> tuple[YamlMapping, bytes]:
+    """The mapping at the top of a YAML file, and the file's bytes. ``label`` names the file in messages; ``content`` is
+    taken for what the file holds where it is given.
 
     Raises :class:`ConfigError` for a file that cannot be read, is not UTF-8, is empty, is not valid YAML, is not a
     mapping, has duplicate keys, or uses aliases, merge keys or tags.
     """
     try:
-        raw = path.read_bytes()
+        raw = path.read_bytes() if content is None else content
     except OSError as error:
         raise ConfigError(f"{label}: cannot be read: {error.strerror or error}") from None
     try:

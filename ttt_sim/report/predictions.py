@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ttt_sim.chip import Chip
-from ttt_sim.config.chip_file import read_chip_file
+from ttt_sim.config.chip_file import read_chip_file, split_variant
 from ttt_sim.data_files import did_you_mean, write_whole
 from ttt_sim.errors import ConfigError
 from ttt_sim.intervals import ANY_OP
@@ -23,7 +24,7 @@ from ttt_sim.predict.models import MODELS
 from ttt_sim.predict.nearest import TTT_OPS, nearest
 from ttt_sim.predict.predictions import Devices, Prediction, predict_rows, raise_problems, to_csv
 from ttt_sim.predict.published import published_rows
-from ttt_sim.predict.rows import OPERATORS, Row, RowFile, parse_rows, read_rows
+from ttt_sim.predict.rows import OPERATORS, ROW_DTYPES, Row, RowFile, parse_rows, read_rows
 from ttt_sim.predict.tolerances import MEASURED, PUBLISHED, Tolerance
 from ttt_sim.predict.validation import Line, Validation, apart, held_out_coverage, read_folder, validate
 from ttt_sim.report.figures import save_figure, write_table
@@ -55,6 +56,11 @@ def read_for(path: Path) -> RowFile:
     return found
 
 
+def _placed(path: Path, problems: Sequence[str]) -> list[str]:
+    """What is wrong with rows that were read from ``path``, with the file before the line."""
+    return [f"{path}:{text.removeprefix('line ')}" for text in problems]
+
+
 def predict_file(chip: Chip | None, path: Path, out: Path, *, harness: str | None, keep_going: bool) -> int:
     """Predict the rows of ``path`` into ``out``; None for ``chip`` chooses it by each row's device.
 
@@ -64,7 +70,7 @@ def predict_file(chip: Chip | None, path: Path, out: Path, *, harness: str | Non
     check_harness(harness)
     found = read_for(path)
     predictions, impossible = predict_rows(found.rows, Devices(chip), harness=harness)
-    problems = [*found.problems, *(f"{path}:{text.removeprefix('line ')}" for text in impossible)]
+    problems = [*found.problems, *_placed(path, impossible)]
     if not keep_going:
         raise_problems(problems)
     done = [prediction for prediction in predictions if prediction is not None]
@@ -98,6 +104,9 @@ def validate_command(data: Path | None, out: Path | None, *, refit: bool) -> int
     else:
         rows, problems = read_folder(data)
         result, tolerances = validate(rows, devices, problems), MEASURED
+        if not result.predictions:
+            raise_problems(result.left_out)
+            raise ConfigError(f"{data}: has no rows with a latency_us")
     _print_lines(result.lines)
     if data is not None:
         coverage = held_out_coverage(result.predictions)
@@ -248,6 +257,9 @@ def explain_command(chip: Chip, op: str, dtype: str, numbers: Mapping[str, int |
         raise ConfigError(f"--op {op}: {options} {'is' if len(missing) == 1 else 'are'} missing")
     if op == "attention_prefill":
         given.setdefault("causal", 1)
+    if dtype not in ROW_DTYPES:
+        dtypes = tuple(ROW_DTYPES)
+        raise ConfigError(f"--dtype: {dtype!r} is unknown{did_you_mean(dtype, dtypes)}; dtypes: {', '.join(dtypes)}")
     text = (
         ",".join(["device", "dtype", "op", *given])
         + "\n"
@@ -284,19 +296,38 @@ def _print_nearest(op: str, row: Row, prediction: Prediction) -> None:
 
 
 def calibrate_command(chip_name: str, chip: Chip, path: Path, out: Path) -> int:
-    """Fit the constants of a chip to the rows of ``path`` and write its file anew to ``out``."""
+    """Fit the constants of a chip to the rows of ``path`` and write its file anew to ``out``.
+
+    Raises:
+        ConfigError: the new file would not be a chip file or would replace the rows, or nothing can be fitted.
+        WorkloadError: rows that cannot be read or run, all of them.
+    """
+    file = read_chip_file(split_variant(chip_name)[0])
+    old = file.path.read_text(encoding="utf-8-sig")
+    if chip.overrides:
+        raise ConfigError(
+            f"--set: {', '.join(chip.overrides)}: the new file would not hold it; change the value in the chip file"
+        )
+    if out.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"{out}: a chip file ends in .yaml")
+    if out.exists() and path.exists() and out.samefile(path):
+        raise ConfigError(f"{out}: holds the rows to fit, name another file")
+    read_chip_file(out, _renamed(old, out.stem))
     found = read_for(path)
     raise_problems(found.problems)
     rows = [row for row in found.rows if row.latency_us is not None and row.op in OPERATORS]
     if not rows:
         raise ConfigError(f"{path}: has no operator rows with a latency_us to fit")
+    raise_problems(_placed(path, predict_rows(rows, Devices(chip))[1]))
     fit = calibrate(dict.fromkeys(dict.fromkeys(row.device for row in rows), chip), rows)
-    file = read_chip_file(chip_name)
     data = f"{path.name} {data_hash(path.read_text(encoding='utf-8-sig'))}"
     date = datetime.now(tz=UTC).date().isoformat()
-    text = updated_file(file.path.read_text(encoding="utf-8"), chip, fit, data=data, date=date)
-    write_whole(out, text.replace(f"name: {chip.name}\n", f"name: {out.stem}\n", 1).encode())
-    read_chip_file(out)  # what was written must be a chip file
+    content = _renamed(updated_file(old, chip, fit, data=data, date=date), out.stem)
+    read_chip_file(out, content)  # before it takes the place of anything
+    write_whole(out, content)
+    devices = sorted({row.device for row in rows})
+    if len(devices) > 1:
+        print(f"the rows of {len(devices)} devices are taken for one chip: {', '.join(devices)}")
     ops = sorted({GROUP_OF_OP[row.op] for row in rows})
     print(f"{len(rows)} rows ({', '.join(ops)}): error {fit.before:.1f} % before, {fit.after:.1f} % after, "
           f"{fit.held_out:.1f} % on held-out shapes")  # fmt: skip
@@ -309,3 +340,8 @@ def calibrate_command(chip_name: str, chip: Chip, path: Path, out: Path) -> int:
         print(f"  {name}: kept, {reason}")
     print(f"{out}: written")
     return 0
+
+
+def _renamed(text: str, name: str) -> bytes:
+    """A chip file with another name."""
+    return re.sub(r"^name:.*$", f"name: {name}", text, count=1, flags=re.MULTILINE).encode()
