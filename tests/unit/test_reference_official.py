@@ -313,6 +313,9 @@ def test_unknown_dtypes(dtype, hint):
         (b"\x17", "pieces: is b'\\x17', expected a tuple"),
         ({23}, "pieces: is {23}, expected a tuple"),
         (iter([23]), "pieces: is <list_iterator"),
+        (np.array(23), "pieces: is array(23), expected a tuple"),
+        (np.array([[23]]), "pieces[0]: is [23], expected"),
+        (np.array([22.0, 1.0]), "pieces[0]: is 22.0, expected"),
     ],
 )
 def test_pieces_that_cannot_be(pieces, text):

@@ -80,9 +80,10 @@ def _check_names(params: object) -> None:
 
 
 def _lengths(pieces: object, n: int) -> list[int]:
-    if not isinstance(pieces, (Sequence, np.ndarray)) or isinstance(pieces, (str, bytes, bytearray)):
+    listed = pieces.tolist() if isinstance(pieces, np.ndarray) else pieces
+    if not isinstance(listed, Sequence) or isinstance(listed, (str, bytes, bytearray)):
         raise InputError(f"pieces: is {pieces!r}, expected a tuple of call lengths that add up to {n}")
-    lengths = [as_count(f"pieces[{i}]", piece) for i, piece in enumerate(pieces)]
+    lengths = [as_count(f"pieces[{i}]", piece) for i, piece in enumerate(listed)]
     if sum(lengths) != n:
         raise InputError(f"pieces: {tuple(lengths)} add up to {sum(lengths)}, expected {n}, the rows of x")
     return lengths
