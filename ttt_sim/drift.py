@@ -99,7 +99,7 @@ TAPS_RMS = 1.5e-7
 PROBE_ROWS = 64
 
 #: Largest values of the settings: deltas stay in the range of every format, memory within about 1 GB.
-LARGEST = {"tokens": 16 << 20, "width": 256, "ff": 1024, "chunk": 8192, "seed": (1 << 63) - 1}
+LARGEST = {"tokens": 16 << 20, "width": 256, "ff": 1024, "chunk": 8192, "seed": randomness.LARGEST_SEED}
 RATES, CLIPS = (1e-12, 1e12), (1e-30, 1e30)
 
 #: Random streams of one seed. Chunk i draws its inputs and its rounding from streams of its own.

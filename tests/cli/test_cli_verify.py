@@ -36,6 +36,7 @@ def test_hardware_order_reports_differences(tmp_path: Path) -> None:
         (["--decode", "-1"], "--decode: -1 must be at least 0"),
         (["--batch", "0"], "--batch: 0 must be at least 1"),
         (["--seed", "-3"], "--seed: -3 must be at least 0"),
+        (["--seed", str(1 << 64)], "seed 18446744073709551616 is not between 0 and"),
         (["--dtype", "int8"], "can be simulated but not executed"),
         (["--model", "Qwen3-8B"], "take a smaller model or fewer tokens"),
         (["--carry", "rng"], "did you mean ring?"),

@@ -228,6 +228,11 @@ def test_what_cannot_be_executed_is_refused() -> None:
         verify(plan(settings("kv"), prefill_tokens=60_000, call_tokens=8192))
     with pytest.raises(ConfigError, match="accumulation 'fast' is not one of exact, hardware"):
         verify(plan(settings("kv"), accumulate="fast"))
+    with pytest.raises(ConfigError, match="simulated but not executed: head_dim: is 15, expected an even number"):
+        verify(plan(settings("kv"), model=replace(load_model("toy"), head_dim=15)))
+    for seed in (-1, 1 << 63, 1 << 70):
+        with pytest.raises(ConfigError, match=f"seed {seed} is not between 0 and 9223372036854775807"):
+            verify(plan(settings("kv"), seed=seed))
 
 
 def test_overflow_names_the_op_and_the_format() -> None:

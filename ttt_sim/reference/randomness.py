@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from ttt_sim.reference.checks import FloatArray
 
+LARGEST_SEED = (1 << 63) - 1
+
 
 def raw(seed: int, stream: int, shape: tuple[int, ...]) -> npt.NDArray[np.uint64]:
     """64 random bits per element; ``stream`` separates independent draws of one seed."""

@@ -24,6 +24,7 @@ from ttt_sim.reference.exact import IntArray
 from ttt_sim.reference.formats import FLOAT32, Format, packed
 from ttt_sim.reference.in_place_ttt import StreamingMlp
 from ttt_sim.reference.meter import Meter, OpCount
+from ttt_sim.reference.randomness import LARGEST_SEED
 from ttt_sim.replay.errors import ExecutionError
 from ttt_sim.replay.execute import op_label, run_ops
 from ttt_sim.replay.memory import Memory
@@ -152,7 +153,13 @@ def verify(plan: Plan) -> Verdict:
     """
     if plan.accumulate not in ACCUMULATE:
         raise ConfigError(f"accumulation {plan.accumulate!r} is not one of {', '.join(ACCUMULATE)}")
-    shape, scenario = decoder_shape(plan.model, plan.method, plan.dtype), plan.scenario()
+    if not 0 <= plan.seed <= LARGEST_SEED:
+        raise ConfigError(f"seed {plan.seed} is not between 0 and {LARGEST_SEED}")
+    try:
+        shape = decoder_shape(plan.model, plan.method, plan.dtype)
+    except InputError as error:
+        raise ConfigError(f"{plan.model.name} can be simulated but not executed: {error}") from None
+    scenario = plan.scenario()
     trace = build_trace(plan.model, plan.method, scenario)
     _check_size(plan, int(trace.flops.sum()))
     parameters = random_parameters(shape, plan.seed)
