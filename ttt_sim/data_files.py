@@ -50,7 +50,7 @@ def write_whole(path: Path, content: bytes) -> None:
     part: Path | None = None
     try:
         if path.is_dir():
-            raise ConfigError(f"{path}: is a folder, expected a file")
+            raise ConfigError(f"{path}: cannot be written: Is a directory")
         if path.exists() and not path.is_file():
             path.write_bytes(content)
             return

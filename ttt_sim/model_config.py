@@ -22,6 +22,8 @@ _FAMILIES: Mapping[str, Mapping[str, int | None]] = {
     "llama": {"head_dim": None, "max_position_embeddings": 2048},
     "qwen3": {"head_dim": 128, "max_position_embeddings": 32768},
 }
+#: Names under which model families give their number of experts.
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 #: No dimension of a real model comes near; beyond it byte and FLOP counts could leave 64 bits.
 _LARGEST_DIMENSION = 2**24
 _LARGEST_CONTEXT = 2**40
@@ -65,6 +67,7 @@ def load_model(name_or_path: str | Path) -> Model:
         path = find(_FOLDER, text, _SUFFIX)
     source = _Config(path)
     family = source.family()
+    source.refuse_other_mlps()
     defaults = _FAMILIES[family]
     d_model, n_heads = source.integer("hidden_size"), source.integer("num_attention_heads")
     head_dim = source.optional_integer("head_dim", defaults["head_dim"])
@@ -137,6 +140,14 @@ class _Config:
             hint = did_you_mean(value, tuple(_FAMILIES)) if isinstance(value, str) else ""
             self.fail("model_type", f"{shown}{hint}; supported model families: {', '.join(_FAMILIES)}")
         return cast(Literal["llama", "qwen3"], value)
+
+    def refuse_other_mlps(self) -> None:
+        """Fail for an MLP that is not one gated SiLU MLP per layer: its costs would be others."""
+        for key in _EXPERT_KEYS:
+            if self._values.get(key) not in (None, 0, 1):
+                self.fail(key, f"is {_short(self._values[key])}; mixtures of experts are not supported")
+        if self._values.get("hidden_act", "silu") != "silu":
+            self.fail("hidden_act", f"is {_short(self._values['hidden_act'])}, expected silu")
 
     def integer(self, key: str) -> int:
         if self._values.get(key) is None:

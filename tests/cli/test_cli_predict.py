@@ -175,7 +175,7 @@ def test_output_goes_through_links_and_never_replaces_a_device(tmp_path: Path) -
     for out in (".", ""):
         done = ttt_sim("predict", "auto", rows, "-o", out, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
-        assert "is a folder, expected a file" in done.stderr
+        assert "cannot be written: Is a directory" in done.stderr
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)

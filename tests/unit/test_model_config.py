@@ -101,6 +101,8 @@ def test_defaults_of_the_families(tmp_path: Path):
             "num_attention_heads: is 30, which does not divide hidden_size 4096; give head_dim",
         ),
         ({"num_key_value_heads": 5}, "num_key_value_heads: is 5, expected a divisor of num_attention_heads 32"),
+        ({"num_local_experts": 8}, "num_local_experts: is 8; mixtures of experts are not supported"),
+        ({"hidden_act": "gelu"}, 'hidden_act: is "gelu", expected silu'),
         ({"tie_word_embeddings": "no"}, 'tie_word_embeddings: is "no", expected true or false'),
     ],
 )
