@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from ttt_sim.chip import Chip
 from ttt_sim.lower.work import CACHE, LEVELS, LINK, MATRIX, READ, SPECIAL, VECTOR, WRITE
-from ttt_sim.ops import OP_KINDS
+from ttt_sim.ops import OP_KINDS, owners
 from ttt_sim.predict.harness import GROUP_OF_OP, HARNESSES
 from ttt_sim.predict.predictions import Devices, Prediction, predict_rows, raise_problems
 from ttt_sim.predict.rows import Row
@@ -92,8 +90,7 @@ def _kernels(result: Result) -> Iterator[str]:
 
 def _hits(result: Result, kernel: int) -> int:
     trace, kernels, traffic = result.trace, result.lowered.kernels, result.lowered.traffic
-    owner = np.repeat(np.arange(trace.n_ops), np.diff(trace.read_ptr))
-    return int(traffic.read_hit_bytes[kernels.of_op[owner] == kernel].sum())
+    return int(traffic.read_hit_bytes[kernels.of_op[owners(trace.read_ptr)] == kernel].sum())
 
 
 def _what_if(row: Row, chip: Chip, harness: str, now_us: float) -> Iterator[str]:

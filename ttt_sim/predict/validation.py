@@ -228,18 +228,11 @@ def rank_correlation(a: FloatArray, b: FloatArray) -> float:
     """Spearman's rank correlation with mean ranks for ties; 1 for fewer than two values."""
     if a.size < 2:
         return 1.0
-    ranks = [_mean_ranks(values) for values in (a, b)]
-    first, second = (rank - rank.mean() for rank in ranks)
+    from scipy.stats import rankdata
+
+    first, second = (rank - rank.mean() for rank in (rankdata(a), rankdata(b)))
     scale = float(np.sqrt((first * first).sum() * (second * second).sum()))
     return float((first * second).sum()) / scale if scale else 1.0
-
-
-def _mean_ranks(values: FloatArray) -> FloatArray:
-    unique, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean = last - (counts - 1) / 2
-    ranks: FloatArray = mean[inverse.reshape(-1)] if unique.size else values
-    return ranks
 
 
 # --- intervals --------------------------------------------------------------------------------------------------------

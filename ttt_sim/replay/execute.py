@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 
-from ttt_sim.ops import OP_KINDS, IntArray, Phase, Tensor, Trace
+from ttt_sim.ops import OP_KINDS, Phase, Tensor, Trace
 from ttt_sim.reference.checks import FloatArray
 from ttt_sim.reference.elementary import rotary_tables
 from ttt_sim.reference.exact import IntArray as Ids
@@ -123,7 +123,3 @@ def op_label(trace: Trace, op: int) -> str:
         if number >= 0:
             where.append(f"{what} {number}")
     return f"op {op} {name} ({phase}, {', '.join(where)})"
-
-
-def program_order(trace: Trace) -> IntArray:
-    return np.arange(trace.n_ops, dtype=np.int64)
