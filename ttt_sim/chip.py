@@ -10,6 +10,8 @@ from typing import Literal
 Execution = Literal["tile_wave", "systolic", "static_dataflow", "in_memory", "event_driven"]
 UnitKind = Literal["matrix", "vector", "special"]
 Scope = Literal["chip", "core"]
+MemoryScope = Literal["backing", "chip", "core"]
+Granularity = Literal["word", "row", "tile", "device"]
 Fusion = Literal["none", "vector", "epilogue", "layer"]
 Packing = Literal["always", "padding", "single"]
 WriteMode = Literal["free", "static_schedule", "reupload", "local_rule", "program_verify", "none"]
@@ -22,6 +24,8 @@ STREAMS: tuple[str, ...] = (
     "gelu", "quantise",
 )  # fmt: skip
 Certainty = Literal["high", "medium", "low"]
+#: Formats by preference: what models are trained in, then what serves in its place.
+PREFERRED_DTYPES: tuple[str, ...] = ("bf16", "fp16", "fp32", "fp8", "int8", "fp4", "int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +53,11 @@ class ComputeUnit:
                     weight-stationary array, ``rows`` is the reduction and ``cols`` the columns of the tile that stays
     ``tiles``       output tiles a kernel may choose (matrix units), largest first
     ``startup_cycles`` filling and draining the array once per tile (output-stationary) or op (weight-stationary)
-    ``issue_cycles``  least time between two passes of a weight-stationary array, however few rows stream
+    ``issue_cycles``  least time between two passes of a weight-stationary array, however few rows stream; of an array
+                    that computes in its cells (``in_array``) the time of one input vector
     ``load_cycles``   loading one stationary tile; ``double_buffer``: while the array still multiplies with the last one
     ``ops_per_cycle``  multiply-adds (matrix) or lane operations of one instance per cycle, by dtype; empty: not stated
+    ``area_mm2``       silicon of one instance, for the area estimate of hypothetical chips; None when not stated
     """
 
     name: str
@@ -70,13 +76,15 @@ class ComputeUnit:
     load_cycles: int = 0
     double_buffer: bool = False
     ops_per_cycle: Mapping[str, float] = field(default_factory=dict)
+    area_mm2: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryLevel:
     """One level, outermost first in :attr:`Chip.memories`. Bandwidths are totals over the chip.
 
-    ``capacity_bytes``     of one instance: the whole chip's for scope ``chip``, one core's for scope ``core``
+    ``capacity_bytes``     of one instance: the whole chip's for scope ``chip``, one core's for scope ``core``; scope
+                           ``backing`` lies behind the main memory and holds what does not fit there
     ``shared_bus``         reads and writes take turns on one bus (DRAM) instead of having ports of their own
     ``channels``           independent channels that addresses are striped over, ``interleave_bytes`` at a time
     ``channel_groups``     groups of channels that the engine schedules separately
@@ -86,10 +94,11 @@ class MemoryLevel:
     ``endurance_writes``   writes a cell survives; None when wear does not matter
     ``write_pulses``       mean program-and-verify pulses per write; already in the write bandwidth and energy
     ``channel_bytes_per_s`` stated bandwidth of one channel, for checking; None when not stated
+    ``density_bytes_per_mm2`` for the area estimate of hypothetical chips; None when not stated
     """
 
     name: str
-    scope: Scope
+    scope: MemoryScope
     capacity_bytes: int
     read_bytes_per_s: float
     write_bytes_per_s: float
@@ -113,6 +122,7 @@ class MemoryLevel:
     channel_bytes_per_s: float | None = None
     transfer_start_s: float = 0.0
     transfer_engines: int = 1
+    density_bytes_per_mm2: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +132,7 @@ class Link:
     ``bytes_per_s`` is one direction of all its lanes together. Collectives use one of two protocols: short messages go
     in packets that carry their own flag (``short_frac`` of the bandwidth), long ones in bulk (``bulk_frac``) after
     ``bulk_start_s`` more; either after ``start_s`` and ``latency_s`` for each step around the ring.
+    ``count`` links share the bandwidth; ``peers`` is how many other chips it reaches (None: any number).
     """
 
     name: str
@@ -135,6 +146,7 @@ class Link:
     short_frac: float = 1.0
     bulk_frac: float = 1.0
     bulk_start_s: float = 0.0
+    peers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,6 +266,9 @@ class Writability:
     ``overlap``       a weight may be written while other weights are being read
     ``shadow_bank``   a new version can be written while the old one is still read (no write-after-read wait)
     ``transposed_read`` the array can be read along either axis without a separate pass
+    ``accumulate``    the memory adds a delta to what it holds: the old weight is not read out
+    ``granularity``   least that one write replaces: a word, a row (``write_granularity`` of the memory), a tile (one
+                      array) or everything on the device
     ``reupload_s, reupload_bytes_per_s``  cost of one re-upload (mode reupload)
     """
 
@@ -261,6 +276,8 @@ class Writability:
     overlap: bool
     shadow_bank: bool
     transposed_read: bool
+    accumulate: bool = False
+    granularity: Granularity = "word"
     reupload_s: float = 0.0
     reupload_bytes_per_s: float | None = None
 
@@ -287,6 +304,7 @@ class Chip:
     library: Library = Library()
     process: str = ""
     die_area_mm2: float | None = None
+    area_overhead: float = 0.0
     variant: str = ""
     file_sha256: str = ""
     overrides: Mapping[str, str] = field(default_factory=dict)
@@ -304,13 +322,24 @@ class Chip:
 
     @property
     def main_memory(self) -> MemoryLevel:
-        """The outermost level: where weights, state and large activations live."""
-        return self.memories[0]
+        """The outermost level on the chip's own bus: where weights, state and large activations live."""
+        return next(level for level in self.memories if level.scope != "backing")
+
+    @property
+    def backing(self) -> MemoryLevel | None:
+        """The memory behind the main memory, which holds what does not fit there; None where there is none."""
+        return self.memories[0] if self.memories[0].scope == "backing" else None
+
+    @property
+    def default_dtype(self) -> str:
+        """The format in which workloads run unless another is asked for: the widest common one of the matrix unit."""
+        peaks = next((unit for unit in self.units if unit.kind == "matrix"), self.units[0]).peak_per_s
+        return next((dtype for dtype in PREFERRED_DTYPES if dtype in peaks), next(iter(peaks)))
 
     @property
     def cache(self) -> MemoryLevel | None:
         """The innermost level that all cores share, inside the main memory; None where there is none."""
-        inner = [level for level in self.memories[1:] if level.scope == "chip"]
+        inner = [level for level in self.memories if level.scope == "chip"][1:]
         return inner[-1] if inner else None
 
     @property

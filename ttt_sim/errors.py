@@ -2,6 +2,7 @@
 
 TTTSimError
 ├── ConfigError      a chip, model or settings file, or a command-line value, is wrong
+│   └── UnsupportedError  the chip lacks a property that the workload needs
 ├── WorkloadError    a trace or a scenario is impossible or malformed
 ├── CapacityError    something does not fit a memory and cannot be made to
 ├── ProgramError     a lowered program breaks the engine's contract (a defect of ours)
@@ -17,6 +18,10 @@ class TTTSimError(Exception):
 
 class ConfigError(TTTSimError):
     """A configuration file, override or option is wrong."""
+
+
+class UnsupportedError(ConfigError):
+    """The chip lacks a property (a format, a unit, a link, a way to write weights) that the workload needs."""
 
 
 class WorkloadError(TTTSimError):

@@ -12,7 +12,7 @@ import numpy as np
 from ttt_sim.bounds import check
 from ttt_sim.chip import Chip
 from ttt_sim.engine import run
-from ttt_sim.errors import CapacityError, ConservationError, WorkloadError
+from ttt_sim.errors import CapacityError, ConservationError, UnsupportedError, WorkloadError
 from ttt_sim.intervals import ANY_OP, interval
 from ttt_sim.lower import DEFAULT_DETAIL, find_mapper, lower
 from ttt_sim.model import MethodSettings, Model, Scenario
@@ -189,7 +189,8 @@ def _scenario(point: Point) -> tuple[Scenario, DecodePlan | None]:
 
 
 def simulate_point(point: Point) -> PointResult:
-    """Simulate one point. A point that does not fit is a record with ``fits`` False, not an error."""
+    """Simulate one point. A point that does not fit, or needs what the chip does not have, is a record with ``fits``
+    False and ``reason`` or ``missing`` that says why, not an error."""
     find_mapper(point.chip)  # before anything is found not to fit
     scenario, plan = _scenario(point)
     trace = build_trace(point.model, point.method, scenario)
@@ -203,6 +204,8 @@ def simulate_point(point: Point) -> PointResult:
             point.chip, trace, engine=point.engine, detail=point.detail, overlap=point.overlap,
             compare_engines=point.compare_engines,
         )  # fmt: skip
+    except UnsupportedError as error:
+        return PointResult(point=point, record=record | {"missing": str(error)})
     except CapacityError as error:
         return PointResult(point=point, record=_does_not_fit(record, persistent, capacity, str(error)))
     peak = result.peak_memory_bytes()
@@ -281,6 +284,7 @@ def _identity(point: Point) -> dict[str, object]:
         "state_carry_bytes": state.carry_bytes,
         "fits": False,
         "reason": "",
+        "missing": "",
         "bytes_needed": None,
         "chips_needed": 1,
         "cycles": None,

@@ -74,10 +74,16 @@ POWER = Dimension(name="a power", base="W", units=_si("W", ".mk"), example="700 
 PRICE_RATE = Dimension(name="a price per hour", base="USD/h", units={"USD/h": Fraction(1)}, example="2.95 USD/h")
 PRICE = Dimension(name="a price", base="USD", units={"USD": Fraction(1)}, example="30000 USD")
 AREA = Dimension(name="an area", base="mm2", units={"mm2": Fraction(1)}, example="814 mm2")
+DENSITY = Dimension(
+    name="a density",
+    base="B/mm2",
+    units={f"{unit}/mm2": factor for unit, factor in (_si("B", ".kMG") | _binary("B")).items()},
+    example="2.5 MiB/mm2",
+)
 
 DIMENSIONS: tuple[Dimension, ...] = (
     COUNT, FRACTION, CAPACITY, BANDWIDTH, FREQUENCY, FLOP_RATE, OP_RATE, TIME, CYCLES,
-    ENERGY_PER_FLOP, ENERGY_PER_OP, ENERGY_PER_BYTE, POWER, PRICE_RATE, PRICE, AREA,
+    ENERGY_PER_FLOP, ENERGY_PER_OP, ENERGY_PER_BYTE, POWER, PRICE_RATE, PRICE, AREA, DENSITY,
 )  # fmt: skip
 
 #: A decimal number as YAML and people write it. No hexadecimal, underscores, nan or inf.

@@ -267,6 +267,7 @@ def _build(values: Values, reader: Reader, *, variant: str, sha256: str, overrid
                 short_frac=link["short_fraction"],
                 bulk_frac=link["bulk_fraction"],
                 bulk_start_s=link["bulk_start"],
+                peers=link["peers"],
             )
             for link in values["links"]
         ),
@@ -287,12 +288,15 @@ def _build(values: Values, reader: Reader, *, variant: str, sha256: str, overrid
             overlap=rules["overlap"],
             shadow_bank=rules["shadow_bank"],
             transposed_read=rules["transposed_read"],
+            accumulate=rules["accumulate"],
+            granularity=rules["granularity"],
             reupload_s=rules["reupload_time"],
             reupload_bytes_per_s=rules["reupload_bandwidth"],
         ),
         library=_library(values["library"]),
         process=values["process"],
         die_area_mm2=values["die_area"],
+        area_overhead=values["area_overhead"],
         variant=variant,
         file_sha256=sha256,
         overrides=dict(overrides),
@@ -320,6 +324,7 @@ def _unit(unit: Values) -> ComputeUnit:
         load_cycles=unit["load"],
         double_buffer=unit["double_buffer"],
         ops_per_cycle=dict(unit["ops_per_cycle"]),
+        area_mm2=unit["area"],
     )
 
 
@@ -387,4 +392,5 @@ def _memory(memory: Values) -> MemoryLevel:
         channel_bytes_per_s=memory["channel_rate"],
         transfer_start_s=memory["transfer_start"],
         transfer_engines=memory["transfer_engines"],
+        density_bytes_per_mm2=memory["density"],
     )

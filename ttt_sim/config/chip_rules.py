@@ -49,13 +49,13 @@ def _check_unit(unit: Values, reader: Reader) -> None:
             if unit[key] is not None and unit[key] != "none":
                 reader.refuse(f"{path}.{key}", f"belongs to matrix units, {unit['name']!r} is a {unit['kind']} unit")
     _check_tiles(unit, path, reader)
-    if unit["dataflow"] != "weight_stationary":
-        for key in ("issue", "load", "double_buffer"):
-            if f"{path}.{key}" in reader.places:
-                reader.refuse(
-                    f"{path}.{key}",
-                    f"belongs to weight_stationary arrays, {unit['name']!r} is {unit['dataflow'] or 'none'}",
-                )
+    for key in ("issue", "load", "double_buffer"):
+        owners = ("weight_stationary", "in_array") if key == "issue" else ("weight_stationary",)
+        if unit["dataflow"] not in owners and f"{path}.{key}" in reader.places:
+            reader.refuse(
+                f"{path}.{key}",
+                f"belongs to {' and '.join(owners)} arrays, {unit['name']!r} is {unit['dataflow'] or 'none'}",
+            )
     peak = unit["peak"] or {}
     for table in ("efficiency", "energy", "ops_per_cycle"):
         for dtype in unit[table] or {}:
@@ -126,6 +126,12 @@ def _check_hierarchy(memories: list[Values], compute: list[Values], reader: Read
             f"memories.{name}.scope",
             "the outermost level must have scope chip; describe memory that is spread over the cores by its total",
         )
+    for place, memory in enumerate(memories):
+        if memory["scope"] == "backing" and (place or not any(level["scope"] == "chip" for level in memories)):
+            reader.refuse(
+                f"memories.{memory['name']}.scope",
+                "a backing memory comes first in the list, before the main memory of scope chip",
+            )
     inner_core = None
     for memory in memories[1:]:
         if memory["scope"] == "core":
@@ -165,7 +171,7 @@ def _check_writability(rules: Values | None, memories: list[Values], reader: Rea
         key = "reupload_time" if rules["reupload_time"] else "reupload_bandwidth"
         reader.refuse(f"writability.{key}", f"belongs to mode reupload, the mode is {mode}")
     if mode == "none":
-        for key in ("overlap", "shadow_bank"):
+        for key in ("overlap", "shadow_bank", "accumulate"):
             if rules[key]:
                 reader.refuse(f"writability.{key}", "true contradicts mode none: weights are never written")
     if mode != "program_verify":

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from typing import get_args
 
-from ttt_sim.chip import STREAMS, Execution, Fusion, Packing, Scope, UnitKind, WriteMode
+from ttt_sim.chip import (
+    STREAMS,
+    Execution,
+    Fusion,
+    Granularity,
+    MemoryScope,
+    Packing,
+    Scope,
+    UnitKind,
+    WriteMode,
+)
 from ttt_sim.config.fields import Choice, Flag, JsonSchema, Number, Text, TextTable, TileList, WholeNumber
 from ttt_sim.config.groups import Group, Items, Table, Variants
 from ttt_sim.dtypes import DTYPES
@@ -18,6 +28,7 @@ from ttt_sim.units import (
     CAPACITY,
     COUNT,
     CYCLES,
+    DENSITY,
     ENERGY_PER_BYTE,
     ENERGY_PER_FLOP,
     ENERGY_PER_OP,
@@ -142,7 +153,8 @@ _COMPUTE = Group(
             default=0,
         ),
         "issue": Number(
-            doc="Weight-stationary arrays: least cycles of a pass, however few rows stream. Default 1 cycle.",
+            doc="Weight-stationary arrays: least cycles of a pass, however few rows stream; in_array: cycles in which "
+            "one input vector passes through an array. Default 1 cycle.",
             dimensions=(CYCLES,),
             whole=True,
             default=1,
@@ -153,6 +165,7 @@ _COMPUTE = Group(
             "Default false.",
             default=False,
         ),
+        "area": _rate("Silicon of one instance, for the area estimate of hypothetical chips.", AREA),
     },
 )
 
@@ -161,8 +174,9 @@ _MEMORY = Group(
     fields={
         "name": Text(doc="Name in dotted paths.", required=True, **_NAME),
         "scope": Choice(
-            doc="chip: one instance that all cores reach; core: one instance in each core.",
-            options=get_args(Scope),
+            doc="backing: behind the main memory, holds what does not fit there; chip: one instance that all cores "
+            "reach; core: one instance in each core.",
+            options=get_args(MemoryScope),
             required=True,
         ),
         "capacity": _bytes("Capacity of one instance.", required=True),
@@ -227,6 +241,7 @@ _MEMORY = Group(
         ),
         "transfer_engines": _count("DMA engines that begin transfers side by side. Default 1.", default=1),
         "endurance": _rate("Writes that a cell survives. Default: wear does not matter.", COUNT),
+        "density": _rate("Capacity per area, for the area estimate of hypothetical chips.", DENSITY),
     },
 )
 
@@ -243,6 +258,11 @@ _LINK = Group(
         "bandwidth": _rate("One direction of all lanes together.", BANDWIDTH, required=True),
         "latency": _amount("One hop. Default 0 s.", TIME, default=0.0),
         "count": _count("Links that the bandwidth is spread over. Default 1.", default=1),
+        "peers": Number(
+            doc="Other chips that the link reaches; the next link in the list leads further. Default: any number.",
+            dimensions=(COUNT,),
+            whole=True,
+        ),
         "energy": _amount("Dynamic energy of moving data. Default 0 J/byte.", ENERGY_PER_BYTE, default=0.0),
         "start": _amount("Fixed time of a collective over this link. Default 0 s.", TIME, default=0.0),
         "short_fraction": _share("Share of the bandwidth that collectives reach with the protocol for short messages."),
@@ -345,6 +365,14 @@ CHIP = Group(
         "cores": _count("Cores that work independently (SM, TensorCore, tile, ...).", required=True),
         "process": Text(doc="Manufacturing process.", default=""),
         "die_area": _rate("Silicon area.", AREA),
+        "area_overhead": Number(
+            doc="Share of the silicon that is neither compute unit nor memory (wiring, controllers, I/O), for the area "
+            "estimate of hypothetical chips. Default 0.",
+            dimensions=(FRACTION,),
+            positive=False,
+            maximum=0.9,
+            default=0.0,
+        ),
         "compute": Items(doc="Compute units, at least a matrix or a vector unit.", item=_COMPUTE, required=True),
         "memories": Items(doc="Memory levels, outermost first.", item=_MEMORY, required=True),
         "links": Items(doc="Links. Default none.", item=_LINK, default=[]),
@@ -434,6 +462,17 @@ CHIP = Group(
                 ),
                 "transposed_read": Flag(
                     doc="The array can be read along either axis without a separate pass. Default false.", default=False
+                ),
+                "accumulate": Flag(
+                    doc="The memory adds a delta to what it holds, so the old weight is not read out for an update. "
+                    "Default false.",
+                    default=False,
+                ),
+                "granularity": Choice(
+                    doc="Least that one write replaces: a word; a row (write_granularity of the memory); a tile, one "
+                    "array; everything on the device. Default word.",
+                    options=get_args(Granularity),
+                    default="word",
                 ),
                 "reupload_time": _amount("Fixed time of a re-upload (mode reupload). Default 0 s.", TIME, default=0.0),
                 "reupload_bandwidth": _rate("Bandwidth of a re-upload (mode reupload).", BANDWIDTH),

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ttt_sim.chip import Chip, ComputeUnit, MemoryLevel
 from ttt_sim.dtypes import DTYPE_BITS, DTYPES
-from ttt_sim.errors import ConfigError
+from ttt_sim.errors import UnsupportedError
 from ttt_sim.lower.kernels import Kernels, sibling_group
 from ttt_sim.lower.tiles import AttentionWork, TileWork, flops_per_cycle
 from ttt_sim.lower.traffic import MAIN, Traffic, usable_cache_bytes
@@ -39,7 +39,7 @@ def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: W
     """All levels of every kernel, from its tiled ops (``work``) and what every chip charges in the same way.
 
     Raises:
-        ConfigError: the chip lacks a unit or a link that the trace needs.
+        UnsupportedError: the chip lacks a unit or a link that the trace needs.
     """
     n, main = kernels.n, chip.main_memory
     share = stream_share(trace, chip, kernels)
@@ -156,14 +156,16 @@ def _collectives(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> None
     """Sums over chips, in a ring over the first link; the faster of two protocols (see :class:`ttt_sim.chip.Link`).
 
     Raises:
-        ConfigError: the chip has no link to other chips.
+        UnsupportedError: the chip has no link to other chips.
     """
     ops = np.flatnonzero(op_classes(trace) == int(OpClass.COLLECTIVE))
     if not ops.size:
         return
     link = next((link for link in chip.links if link.scope == "chip" and link.topology != "host"), None)
     if link is None:
-        raise ConfigError(f"{chip.name}: the workload sums over several chips and the chip file has no link to others")
+        raise UnsupportedError(
+            f"{chip.name}: the workload sums over several chips and the chip file has no link to others"
+        )
     for op in ops:
         ranks = int(trace.heads[op])
         nbytes = int(trace.read_bytes[trace.read_ptr[op] : trace.read_ptr[op + 1]].sum())
@@ -305,7 +307,7 @@ def _vector_cycles(chip: Chip, lane_ops: IntArray, special_ops: IntArray) -> tup
     """Cycles on the vector and special-function units; without the latter, transcendentals take vector lanes."""
     if not chip.has_unit("vector"):
         if (lane_ops + special_ops).any():
-            raise ConfigError(f"{chip.name}: the workload needs a vector unit and the chip has none")
+            raise UnsupportedError(f"{chip.name}: the workload needs a vector unit and the chip has none")
         return lane_ops, special_ops
     rate = _lane_rate(chip, chip.unit("vector"))
     if not chip.has_unit("special"):

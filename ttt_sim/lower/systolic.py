@@ -14,7 +14,7 @@ import numpy as np
 
 from ttt_sim.chip import Chip
 from ttt_sim.dtypes import DTYPE_BITS
-from ttt_sim.errors import ConfigError
+from ttt_sim.errors import UnsupportedError
 from ttt_sim.lower.kernels import Kernels
 from ttt_sim.lower.levels import add_attention, add_products, finish, no_work
 from ttt_sim.lower.tiles import AttentionWork, TileWork, ceil_float, product_rate, visible_keys, visited_blocks
@@ -32,15 +32,15 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     """Cost of every kernel of ``trace`` on ``chip``.
 
     Raises:
-        ConfigError: the matrix unit is not weight-stationary, the chip lacks a unit, dtype or link that the trace
+        UnsupportedError: the matrix unit is not weight-stationary, the chip lacks a unit, dtype or link that the trace
             needs, or the trace has recurrent scans, for which there is no rule.
     """
     if not chip.has_unit("matrix") or chip.unit("matrix").dataflow != "weight_stationary":
-        raise ConfigError(f"{chip.name}: execution systolic needs a matrix unit of dataflow weight_stationary")
+        raise UnsupportedError(f"{chip.name}: execution systolic needs a matrix unit of dataflow weight_stationary")
     scans = np.flatnonzero(op_classes(trace) == int(OpClass.SCAN))
     if scans.size:
         kind = OP_KINDS[int(trace.kind[scans[0]])].name
-        raise ConfigError(
+        raise UnsupportedError(
             f"{chip.name}: the workload has recurrent scans ({kind}), which systolic arrays have no rule for"
         )
     work = no_work(trace, kernels)
@@ -92,7 +92,7 @@ def arrays_of(chip: Chip, dtype: str, *, attention: bool = False) -> Arrays:
     """The arrays for operands of ``dtype``, at the share of the peak that full tiles (or attention) sustain.
 
     Raises:
-        ConfigError: no unit has a peak for this dtype.
+        UnsupportedError: no unit has a peak for this dtype.
     """
     unit = chip.unit("matrix")
     count, rows = chip.cores * max(unit.count, 1), unit.rows * unit.depth

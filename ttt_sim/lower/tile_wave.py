@@ -32,7 +32,7 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     """Cost of every kernel of ``trace`` on ``chip``.
 
     Raises:
-        ConfigError: the chip lacks a unit or a dtype that the trace needs.
+        UnsupportedError: the chip lacks a unit or a dtype that the trace needs.
         CapacityError: no tile fits a core's scratchpad.
     """
     work = no_work(trace, kernels)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ttt_sim.chip import Chip, ComputeUnit
 from ttt_sim.dtypes import DTYPE_BITS
-from ttt_sim.errors import CapacityError, ConfigError, WorkloadError
+from ttt_sim.errors import CapacityError, UnsupportedError, WorkloadError
 from ttt_sim.ops import IntArray
 from ttt_sim.units import ceil_div, format_bytes
 
@@ -73,11 +73,13 @@ def flops_per_cycle(chip: Chip, unit: ComputeUnit, dtype: str, *, sustained: boo
     """Chip-wide FLOPs (or lane operations) per cycle of ``unit`` for operands of ``dtype``.
 
     Raises:
-        ConfigError: the unit has no peak for this dtype.
+        UnsupportedError: the unit has no peak for this dtype.
     """
     if dtype not in unit.peak_per_s:
         known = ", ".join(sorted(unit.peak_per_s))
-        raise ConfigError(f"{chip.name}: unit {unit.name} has no peak for dtype {dtype}; the chip file lists {known}")
+        raise UnsupportedError(
+            f"{chip.name}: unit {unit.name} has no peak for dtype {dtype}; the chip file lists {known}"
+        )
     share = unit.efficiency.get(dtype, 1.0) if sustained else 1.0
     return unit.peak_per_s[dtype] * share / chip.clock_hz
 
@@ -87,7 +89,7 @@ def product_rate(chip: Chip, dtype: str, *, sustained: bool = True) -> float:
     not have it, a multiply-add per lane and cycle.
 
     Raises:
-        ConfigError: no unit has a peak for this dtype.
+        UnsupportedError: no unit has a peak for this dtype.
     """
     unit = chip.unit("matrix")
     if dtype not in unit.peak_per_s and dtype == "fp32" and chip.has_unit("vector"):
