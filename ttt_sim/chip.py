@@ -348,6 +348,10 @@ class Chip:
         inner = [level for level in self.memories if level.scope == "core"]
         return inner[-1] if inner else None
 
+    def runs(self, dtype: str) -> bool:
+        """Whether products of this format run here."""
+        return any(dtype in unit.peak_per_s for unit in self.units if unit.kind == "matrix")
+
     def cycles(self, seconds: float) -> int:
         """Seconds in whole cycles, rounded up."""
         value = seconds * self.clock_hz

@@ -95,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--batch", default=DEFAULT_BATCHES, metavar="LIST", help="sequences at once (default: %(default)s)"
     )
+    run.add_argument(
+        "--chips", type=int, metavar="N", help="chips that work together (default: as few as hold the model)"
+    )
+    run.add_argument("--tp", type=int, metavar="N", help="chips that share every layer")
+    run.add_argument("--pp", type=int, metavar="N", help="pipeline stages")
+    run.add_argument("--cp", type=int, metavar="N", help="chips that share a context")
     run.add_argument("--engine", default="compiled", help="compiled (default) or simpy")
     run.add_argument("--out", metavar="DIR", help="folder of the report (default: reports/<chip>)")
     run.add_argument("--detail", type=int, default=16, metavar="N", help="most tasks per op (default: %(default)s)")
@@ -232,7 +238,7 @@ def _workload_options(
     parser.add_argument(
         "--window", default=window, metavar="TOKENS", help="window of windowed methods (default: %(default)s)"
     )
-    parser.add_argument("--dtype", default="bf16", help="operands and activations (default: %(default)s)")
+    parser.add_argument("--dtype", help="operands and activations (default: bf16, or the chip's widest)")
     parser.add_argument("--kv-dtype", metavar="DTYPE", help="stored keys and values (default: that of the method)")
     parser.add_argument(
         "--call", default=call, metavar="TOKENS", help="new tokens per prefill call (default: %(default)s)"
@@ -256,7 +262,7 @@ def _run(args: argparse.Namespace) -> int:
 
     model, ttt, methods = load_model(args.model), _ttt(args), _words("--method", args.method)
     window = _tokens("--window", args.window)
-    _check_workload(args, model, methods, window, ttt)
+    dtype = _check_workload(args, model, methods, window, ttt, chip)
     check_engine(args.engine)
     contexts, batches = _token_list("--context", args.context), _counts("--batch", args.batch)
     call_tokens = _tokens("--call", args.call)
@@ -265,10 +271,25 @@ def _run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else Path("reports") / chip.name
     check_out(out)
     from ttt_sim.experiment import Experiment, run_experiment
-    from ttt_sim.grid import progress_bar
+    from ttt_sim.grid import method_on, progress_bar
+    from ttt_sim.model import ONE_CHIP
     from ttt_sim.report.build import build
     from ttt_sim.report.terminal import print_summary
+    from ttt_sim.system import arrange, least_system
 
+    sizes = {name: getattr(args, name) for name in ("chips", "tp", "pp", "cp")}
+    if any(size is not None for size in sizes.values()):
+        try:
+            parallel = arrange(model, **sizes)
+        except ConfigError as error:
+            raise ConfigError(f"--{error}") from None
+    else:
+        settings = [
+            method_on(chip, name, window_tokens=window, kv_dtype=args.kv_dtype, ttt=ttt, dtype=dtype)
+            for name in methods
+        ]
+        least = least_system(chip, model, settings, context_tokens=min(contexts), batch=min(batches), dtype=dtype)
+        parallel = least or ONE_CHIP
     experiment = Experiment(
         chip=chip,
         model=model,
@@ -277,7 +298,7 @@ def _run(args: argparse.Namespace) -> int:
         batches=batches,
         ttt=ttt,
         window=window,
-        dtype=args.dtype,
+        dtype=dtype,
         kv_dtype=args.kv_dtype,
         call_tokens=call_tokens,
         engine=args.engine,
@@ -285,6 +306,7 @@ def _run(args: argparse.Namespace) -> int:
         overlap=not args.no_overlap,
         sensitivity=args.sensitivity,
         workers=workers,
+        parallel=parallel,
     )
     data = run_experiment(experiment, command=_command_line(), version=__version__, progress=progress_bar)
     build(data, out, workers=args.workers)
@@ -326,10 +348,10 @@ def _trace(args: argparse.Namespace) -> int:
     method = find_method(args.method).settings(_tokens("--window", args.window), args.kv_dtype, _ttt(args))
     if args.phase == "prefill":
         call = _tokens("--call", args.call)
-        scenario = Scenario.prefill(tokens, batch=batch, dtype=args.dtype, call_tokens=call)
+        scenario = Scenario.prefill(tokens, batch=batch, dtype=args.dtype or "bf16", call_tokens=call)
     elif args.phase == "decode":
         steps = _at_least("--steps", args.steps, 1)
-        scenario = Scenario.decode(range(tokens, tokens + steps), batch=batch, dtype=args.dtype)
+        scenario = Scenario.decode(range(tokens, tokens + steps), batch=batch, dtype=args.dtype or "bf16")
     else:
         known = ("prefill", "decode")
         raise ConfigError(f"--phase: {args.phase!r} is not one of {', '.join(known)}{did_you_mean(args.phase, known)}")
@@ -342,16 +364,17 @@ def _trace(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from ttt_sim.engine import check_engine
     from ttt_sim.model_config import load_model
-    from ttt_sim.workload import METHODS, find_method
+    from ttt_sim.workload import METHODS
 
     chip, model, ttt = _chip(args), load_model(args.model), _ttt(args)
     methods = tuple(METHODS) if args.method is None else _words("--method", args.method)
     window = _tokens("--window", args.window)
-    _check_workload(args, model, methods, window, ttt)
+    dtype = _check_workload(args, model, methods, window, ttt, chip)
     check_engine(args.engine)
     prefill, call = _tokens("--prefill", args.prefill), _tokens("--call", args.call)
     decode, batch = _at_least("--decode", args.decode, 0), _at_least("--batch", args.batch, 1)
     seed, detail = _at_least("--seed", args.seed, 0), _at_least("--detail", args.detail, 16)
+    from ttt_sim.grid import method_on
     from ttt_sim.replay.describe import describe, heading
     from ttt_sim.replay.verify import Plan, verify
 
@@ -360,12 +383,12 @@ def _verify(args: argparse.Namespace) -> int:
         plan = Plan(
             chip=chip,
             model=model,
-            method=find_method(name).settings(window, args.kv_dtype, ttt),
+            method=method_on(chip, name, window_tokens=window, kv_dtype=args.kv_dtype, ttt=ttt, dtype=dtype),
             prefill_tokens=prefill,
             call_tokens=call,
             decode_tokens=decode,
             batch=batch,
-            dtype=args.dtype,
+            dtype=dtype,
             seed=seed,
             accumulate=args.accumulate,
             engine=args.engine,
@@ -523,23 +546,26 @@ def _ttt(args: argparse.Namespace) -> TTTSettings:
 
 
 def _check_workload(
-    args: argparse.Namespace, model: Model, methods: Sequence[str], window: int, ttt: TTTSettings
-) -> None:
-    """Refuse what no simulation could use, before any starts."""
+    args: argparse.Namespace, model: Model, methods: Sequence[str], window: int, ttt: TTTSettings, chip: Chip
+) -> str:
+    """Refuse what no simulation could use, before any starts. Returns the format of operands and activations."""
     from ttt_sim.dtypes import DTYPES
+    from ttt_sim.grid import method_on
+    from ttt_sim.lower.tiles import product_rate
     from ttt_sim.model_config import check_ttt
-    from ttt_sim.workload import find_method
     from ttt_sim.workload.attention import check_kv
 
-    if args.dtype not in DTYPES:
-        raise ConfigError(
-            f"--dtype: {args.dtype!r} is not one of {', '.join(DTYPES)}{did_you_mean(args.dtype, DTYPES)}"
-        )
+    dtype: str = args.dtype or chip.default_dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
+    if args.dtype is not None and chip.has_unit("matrix"):
+        product_rate(chip, dtype)
     for name in methods:
-        settings = find_method(name).settings(window, args.kv_dtype, ttt)
+        settings = method_on(chip, name, window_tokens=window, kv_dtype=args.kv_dtype, ttt=ttt, dtype=dtype)
         check_kv(settings.kv)
         if settings.ttt is not None:
             check_ttt(settings.ttt, model)
+    return dtype
 
 
 def _words(option: str, text: str) -> tuple[str, ...]:

@@ -16,13 +16,14 @@ from ttt_sim.engine import prepare
 from ttt_sim.errors import CapacityError
 from ttt_sim.grid import make_point
 from ttt_sim.lower.kernels import STREAMS
-from ttt_sim.model import Model, Scenario, TTTSettings, WeightWrite
+from ttt_sim.model import ONE_CHIP, Model, Parallel, Scenario, TTTSettings, WeightWrite
 from ttt_sim.ops import Phase, Role, is_update
 from ttt_sim.parallel import Progress, run_all
 from ttt_sim.program import TASK_KINDS
 from ttt_sim.report.data import ReportData
 from ttt_sim.results import Result
 from ttt_sim.simulation import PHASES, Point, PointResult, simulate_point, simulate_trace
+from ttt_sim.units import ceil_div
 from ttt_sim.workload import build_trace, state_per_sequence
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Experiment:
     overlap: bool
     sensitivity: bool
     workers: int | None
+    parallel: Parallel = ONE_CHIP
 
     def points(self) -> list[Point]:
         """The grid, in the order of its records."""
@@ -64,7 +66,7 @@ class Experiment:
             make_point(
                 self.chip, self.model, method, phase=phase, context=context, batch=batch, window=self.window,
                 ttt=self.ttt, kv_dtype=self.kv_dtype, dtype=self.dtype, call_tokens=self.call_tokens,
-                engine=self.engine, detail=self.detail, overlap=self.overlap,
+                engine=self.engine, detail=self.detail, overlap=self.overlap, parallel=self.parallel,
             )
             for method in self.methods
             for phase in PHASES
@@ -159,6 +161,7 @@ def run_experiment(
             "variant": experiment.chip.variant,
             "chip_file_sha256": experiment.chip.file_sha256,
             "chip_overrides": dict(experiment.chip.overrides),
+            "parallel": asdict(experiment.parallel),
             "model": experiment.model.name,
             "dtype": experiment.dtype,
             "ttt": asdict(experiment.ttt),
@@ -364,7 +367,9 @@ def _steps_around_boundary(point: Point) -> list[dict[str, object]]:
     boundary = point.context_tokens + (-point.context_tokens - 1) % chunk
     first = max(boundary - STEPS_AROUND_BOUNDARY - 1, 0)
     positions = range(first, boundary + STEPS_AROUND_BOUNDARY + 1)
-    trace = build_trace(point.model, point.method, Scenario.decode(positions, batch=point.batch, dtype=point.dtype))
+    batch = ceil_div(point.batch, point.microbatches)
+    scenario = Scenario.decode(positions, batch=batch, dtype=point.dtype, parallel=point.parallel)
+    trace = build_trace(point.model, point.method, scenario)
     try:
         result = simulate_trace(point.chip, trace, engine=point.engine, detail=point.detail, overlap=point.overlap)
     except CapacityError:
@@ -394,7 +399,7 @@ def scaled_chips(chip: Chip, step: float) -> dict[str, Chip]:
     main = chip.main_memory
     if main.latency_s and chip.mapping.serial_kernels:
         shorter = replace(main, latency_s=main.latency_s / better)
-        out[f"memories.{main.name}.latency"] = _with_memory(chip, 0, shorter)
+        out[f"memories.{main.name}.latency"] = _with_memory(chip, chip.memories.index(main), shorter)
     if chip.cache is not None:
         larger = replace(chip.cache, capacity_bytes=int(chip.cache.capacity_bytes * better))
         out[f"memories.{chip.cache.name}.capacity"] = _with_memory(chip, chip.memories.index(chip.cache), larger)
@@ -451,7 +456,7 @@ def _state_curves(experiment: Experiment) -> list[dict[str, object]]:
     for name in experiment.methods:
         method = make_point(
             experiment.chip, experiment.model, name, window=experiment.window, ttt=experiment.ttt,
-            kv_dtype=experiment.kv_dtype,
+            kv_dtype=experiment.kv_dtype, dtype=experiment.dtype, parallel=experiment.parallel,
         ).method  # fmt: skip
         for tokens in sorted(contexts):
             state = state_per_sequence(experiment.model, method, tokens, dtype=experiment.dtype)
@@ -480,6 +485,7 @@ def _write_variants(experiment: Experiment) -> list[dict[str, object]]:
             experiment.chip, experiment.model, name, phase="prefill", context=VARIANT_CONTEXT_TOKENS,
             window=experiment.window, ttt=replace(experiment.ttt, weight_write=variant), dtype=experiment.dtype,
             kv_dtype=experiment.kv_dtype, call_tokens=experiment.call_tokens, detail=experiment.detail, overlap=overlap,
+            parallel=experiment.parallel,
         )  # fmt: skip
         outcome = simulate_point(point)
         record = outcome.record

@@ -14,10 +14,11 @@ from ttt_sim.chip import Chip
 from ttt_sim.config import load_chip
 from ttt_sim.errors import ConfigError
 from ttt_sim.lower import DEFAULT_DETAIL
-from ttt_sim.model import Model, TTTSettings
+from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, TTTSettings
 from ttt_sim.model_config import load_model, load_ttt
 from ttt_sim.parallel import run_all
 from ttt_sim.simulation import DEFAULT_CALL_TOKENS, PHASES, PhaseName, Point, PointResult, simulate_point
+from ttt_sim.system import arrange, least_system
 from ttt_sim.units import parse_tokens
 from ttt_sim.workload import METHODS, find_method
 
@@ -43,15 +44,23 @@ def make_point(
     window: int | str | None = None,
     ttt: TTTSettings | str | Path | None = None,
     kv_dtype: str | None = None,
-    dtype: str = "bf16",
+    dtype: str | None = None,
     call_tokens: int | str = DEFAULT_CALL_TOKENS,
     engine: str = "compiled",
     detail: int = DEFAULT_DETAIL,
     overlap: bool = True,
+    chips: int | None = None,
+    tp: int | None = None,
+    pp: int | None = None,
+    cp: int | None = None,
+    parallel: Parallel | None = None,
 ) -> Point:
     """A point from names or loaded objects. Token counts read as ``131072`` or ``128k``.
 
-    ``chunk`` and ``window`` override the TTT settings and the method's default window.
+    ``chunk`` and ``window`` override the TTT settings and the method's default window. ``dtype``: by default the
+    chip's own (:attr:`ttt_sim.chip.Chip.default_dtype`), in which a chip without bf16 also keeps caches and fast
+    weights. ``chips, tp, pp, cp`` arrange a system (:func:`ttt_sim.system.arrange`), or ``parallel`` is one; by default
+    the least number of chips that holds the model and one sequence.
 
     Raises:
         ConfigError: a name is unknown or a value is out of range.
@@ -64,12 +73,24 @@ def make_point(
     window_tokens = None if window is None else _tokens("window", window)
     if batch < 1:
         raise ConfigError(f"batch: {batch} must be at least 1")
+    loaded = chip if isinstance(chip, Chip) else load_chip(chip)
+    shape = model if isinstance(model, Model) else load_model(model)
+    dtype = dtype or loaded.default_dtype
+    chosen = method_on(loaded, method, window_tokens=window_tokens, kv_dtype=kv_dtype, ttt=settings, dtype=dtype)
+    tokens = _tokens("context", context)
+    if parallel is None:
+        asked = any(value is not None for value in (chips, tp, pp, cp))
+        parallel = (
+            arrange(shape, chips=chips, tp=tp, pp=pp, cp=cp)
+            if asked
+            else least_system(loaded, shape, [chosen], context_tokens=tokens, dtype=dtype)
+        )
     return Point(
-        chip=chip if isinstance(chip, Chip) else load_chip(chip),
-        model=model if isinstance(model, Model) else load_model(model),
-        method=find_method(method).settings(window_tokens, kv_dtype, settings),
+        chip=loaded,
+        model=shape,
+        method=chosen,
         phase=phase,
-        context_tokens=_tokens("context", context),
+        context_tokens=tokens,
         batch=batch,
         dtype=dtype,
         chunk_tokens=settings.chunk_tokens,
@@ -77,7 +98,22 @@ def make_point(
         engine=engine,
         detail=detail,
         overlap=overlap,
+        parallel=parallel or ONE_CHIP,
     )
+
+
+def method_on(
+    chip: Chip, name: str, *, window_tokens: int | None, kv_dtype: str | None, ttt: TTTSettings, dtype: str
+) -> MethodSettings:
+    """The method as it runs on ``chip``: without bf16 there, caches and fast weights have ``dtype`` by default.
+
+    Raises:
+        ConfigError: an unknown method.
+    """
+    if not chip.runs("bf16"):
+        ttt = replace(ttt, fast_dtype=dtype) if ttt.fast_dtype == "bf16" else ttt
+        kv_dtype = kv_dtype or (None if name == "kv_quant" else dtype)
+    return find_method(name).settings(window_tokens, kv_dtype, ttt)
 
 
 def _tokens(name: str, value: int | str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ttt_sim.errors import WorkloadError
@@ -99,6 +99,94 @@ class MethodSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel:
+    """How a model is spread over chips.
+
+    ``tp`` chips share every layer (query heads, KV heads, MLP columns, vocabulary; sums over them after attention and
+    MLP); ``pp`` groups of them each hold a range of layers and pass activations on; ``cp`` copies of all that each hold
+    a part of the context: consecutive tokens of a prompt, in whole chunks, and as many of the keys while decoding.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "cp"):
+            if getattr(self, name) < 1:
+                raise WorkloadError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+    @property
+    def chips(self) -> int:
+        return self.tp * self.pp * self.cp
+
+
+ONE_CHIP = Parallel()
+
+
+def shard(model: Model, tp: int) -> Model:
+    """What one of ``tp`` chips holds of ``model``: its heads, MLP columns and part of the vocabulary.
+
+    KV heads are copied where there are fewer of them than chips.
+
+    Raises:
+        WorkloadError: the chips cannot share the model evenly.
+    """
+    if tp == 1:
+        return model
+    uneven = [
+        f"{amount} {what}"
+        for amount, what in ((model.n_heads, "query heads"), (model.d_ff, "MLP columns"))
+        if amount % tp
+    ]
+    if model.n_kv_heads % tp and tp % model.n_kv_heads:
+        uneven.append(f"{model.n_kv_heads} KV heads")
+    if uneven:
+        raise WorkloadError(f"tp: {tp} chips cannot share {' and '.join(uneven)} of {model.name} evenly")
+    return replace(
+        model, n_heads=model.n_heads // tp, n_kv_heads=max(model.n_kv_heads // tp, 1), d_ff=model.d_ff // tp,
+        vocab_size=-(-model.vocab_size // tp),
+    )  # fmt: skip
+
+
+def stage_starts(model: Model, pp: int) -> tuple[int, ...]:
+    """Where each pipeline stage but the first begins, ``pp - 1`` of: 0 to L - 1 before that layer, L before the head.
+
+    Embedding, layers and head stay in order, none is cut, and the stage with most parameters has as few as possible.
+
+    Raises:
+        WorkloadError: more stages than parts.
+    """
+    table = model.vocab_size * model.d_model
+    sizes = [table, *([model.block_parameters // model.n_layers] * model.n_layers), table]
+    if pp > len(sizes):
+        raise WorkloadError(
+            f"pp: {pp} stages are more than the {len(sizes)} parts (layers, embedding, head) of a model"
+        )
+
+    def filled(limit: int) -> list[int]:
+        """First part of each stage when stages take what fits the limit, at least one part each."""
+        starts, held = [0], 0
+        for i, size in enumerate(sizes):
+            if held and held + size > limit:
+                starts.append(i)
+                held = 0
+            held += size
+        return starts
+
+    low, high = max(sizes), sum(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(filled(middle)) <= pp else (middle + 1, high)
+    starts = filled(low)
+    while len(starts) < pp:  # cut the longest stages further
+        ends = [*starts[1:], len(sizes)]
+        longest = max(range(len(starts)), key=lambda i: (ends[i] - starts[i], -i))
+        starts.insert(longest + 1, (starts[longest] + ends[longest] + 1) // 2)
+    return tuple(start - 1 for start in starts[1:])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """One call of the model on every sequence: ``tokens`` new tokens each, after ``position`` earlier ones."""
 
@@ -113,11 +201,16 @@ class Scenario:
 
     Positions rise. Where a call does not continue the one before it, the calls between are left out of the trace
     (sampled decode) and the state is taken to be what those calls would have left.
+
+    ``parallel``: the calls run on several chips, and the trace is that of one of them, which does the most: of a
+    context-parallel group the last, whose tokens see all others. A prompt of such a group is one call, at the position
+    of its first token.
     """
 
     batch: int
     dtype: str
     calls: tuple[Call, ...]
+    parallel: Parallel = ONE_CHIP
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -134,22 +227,42 @@ class Scenario:
             end = call.position + call.tokens
 
     @staticmethod
-    def prefill(tokens: int, *, batch: int = 1, dtype: str = "bf16", call_tokens: int = 8192) -> Scenario:
-        """``tokens`` from an empty state in calls of ``call_tokens``, logits after the last one."""
+    def prefill(
+        tokens: int, *, batch: int = 1, dtype: str = "bf16", call_tokens: int = 8192, parallel: Parallel = ONE_CHIP
+    ) -> Scenario:
+        """``tokens`` from an empty state in calls of ``call_tokens``, logits after the last one.
+
+        A context-parallel group takes the whole prompt in one call, shared evenly.
+        """
         if tokens < 1 or call_tokens < 1:
             raise WorkloadError(f"prefill of {tokens} tokens in calls of {call_tokens}: both must be at least 1")
+        if parallel.cp > 1:
+            mine = -(-tokens // parallel.cp)
+            last = Call(position=(parallel.cp - 1) * mine, tokens=mine, logits=True)
+            return Scenario(batch=batch, dtype=dtype, calls=(last,), parallel=parallel)
         starts = range(0, tokens, call_tokens)
         calls = tuple(
             Call(position=p, tokens=min(call_tokens, tokens - p), logits=p + call_tokens >= tokens) for p in starts
         )
-        return Scenario(batch=batch, dtype=dtype, calls=calls)
+        return Scenario(batch=batch, dtype=dtype, calls=calls, parallel=parallel)
 
     @staticmethod
-    def decode(positions: tuple[int, ...] | range, *, batch: int = 1, dtype: str = "bf16") -> Scenario:
+    def decode(
+        positions: tuple[int, ...] | range, *, batch: int = 1, dtype: str = "bf16", parallel: Parallel = ONE_CHIP
+    ) -> Scenario:
         """One token at each of the given positions (tokens already seen), with logits."""
-        return Scenario(
-            batch=batch, dtype=dtype, calls=tuple(Call(position=p, tokens=1, logits=True) for p in positions)
-        )
+        calls = tuple(Call(position=p, tokens=1, logits=True) for p in positions)
+        return Scenario(batch=batch, dtype=dtype, calls=calls, parallel=parallel)
+
+    @property
+    def shares_prompt(self) -> bool:
+        """The one call is a context-parallel chip's part of a prompt."""
+        return self.parallel.cp > 1 and self.calls[0].tokens > 1
+
+    @property
+    def from_empty(self) -> bool:
+        """The sequences begin without a state."""
+        return self.calls[0].position == 0 or self.shares_prompt
 
     @property
     def context_tokens(self) -> int:

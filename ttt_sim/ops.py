@@ -67,7 +67,7 @@ class OpClass(IntEnum):
     VECTOR = 2  # m rows of width n on vector units, streaming its operands
     COPY = 3  # moves bytes, computes nothing
     SCAN = 4  # `batch` sequences x `heads` states of k x n (fp32), updated along m tokens in order
-    COLLECTIVE = 5  # m elements on each of `heads` chips become their sum on all of them
+    COLLECTIVE = 5  # m elements move between `heads` chips, see TRANSFERS
 
 
 class OpKind(NamedTuple):
@@ -120,10 +120,19 @@ OP_KINDS: tuple[OpKind, ...] = (
     OpKind("quantise", "M5", OpClass.VECTOR, "quantisation of activations"),
     OpKind("delta_rule", "M6", OpClass.SCAN, "gated delta rule in chunks: a fast-weight state per value head"),
     OpKind("delta_step", "M6", OpClass.SCAN, "gated delta rule, one token"),
-    OpKind("allreduce", "M7", OpClass.COLLECTIVE, "sum over the chips of a tensor-parallel group"),
+    OpKind("allreduce", "P1", OpClass.COLLECTIVE, "sum over the chips of a group"),
+    OpKind("allgather", "P2", OpClass.COLLECTIVE, "parts of all chips of a group, side by side"),
+    OpKind("stage_send", "P3", OpClass.COLLECTIVE, "activations to the chips of the next layers"),
+    OpKind("kv_ring", "P4", OpClass.COLLECTIVE, "keys and values one step around the ring"),
+    OpKind("delta_sum", "P5", OpClass.VECTOR, "sum of the deltas of a chip's chunks"),
+    OpKind("delta_scan", "P6", OpClass.COLLECTIVE, "sum of the deltas of all chips before this one"),
 )
 #: Kinds that no method emits: ops of which latencies are published, simulated one by one.
 MEASURED_ALONE: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("M"))
+#: Kinds of a trace that is one chip's part of several: what only makes sense beside the parts of the others.
+BETWEEN_CHIPS: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("P"))
+#: Transfers that run beside the other work of a chip.
+BESIDE: tuple[str, ...] = ("kv_ring", "delta_scan")
 KIND: Mapping[str, int] = {kind.name: code for code, kind in enumerate(OP_KINDS)}
 
 
@@ -240,6 +249,7 @@ LANE_COST: Mapping[str, LaneCost] = {
     "softmax": LaneCost(lanes=32, exp=1),
     "gelu": LaneCost(lanes=8, exp=1),
     "quantise": LaneCost(lanes=3),
+    "delta_sum": LaneCost(lanes=1),
 }
 
 

@@ -16,7 +16,7 @@ from ttt_sim.bounds import busy_cycles
 from ttt_sim.chip import Chip, ComputeUnit, MemoryLevel
 from ttt_sim.dtypes import DTYPES
 from ttt_sim.lower import Lowered
-from ttt_sim.lower.kernels import FORWARD_STREAM, STREAMS, UPDATE_STREAM
+from ttt_sim.lower.kernels import FORWARD_STREAM, STREAMS
 from ttt_sim.lower.traffic import FUSED, MAIN
 from ttt_sim.lower.work import LEVELS, READ, WRITE
 from ttt_sim.ops import (
@@ -75,11 +75,11 @@ class Result:
         """Cycles of the whole time that each kernel accounts for; they add up to the total.
 
         Time in which the forward stream runs belongs to its kernels, in order of finish. Time in which it waits for
-        an update, and what is left after its last kernel, belongs to the update kernel that ended the wait.
+        an update or a transfer, and what is left after its last kernel, belongs to the kernel that ended the wait.
         """
         start, finish = self.kernel_span()
         stream = self.lowered.kernels.stream
-        forward, update = np.flatnonzero(stream == FORWARD_STREAM), np.flatnonzero(stream == UPDATE_STREAM)
+        forward, update = np.flatnonzero(stream == FORWARD_STREAM), np.flatnonzero(stream != FORWARD_STREAM)
         forward = forward[np.argsort(finish[forward], kind="stable")]
         update = update[np.argsort(finish[update], kind="stable")]
         before = np.r_[0, finish[forward]][: forward.size]

@@ -15,9 +15,10 @@ from ttt_sim.engine import run
 from ttt_sim.errors import CapacityError, ConservationError, UnsupportedError, WorkloadError
 from ttt_sim.intervals import ANY_OP, interval
 from ttt_sim.lower import DEFAULT_DETAIL, find_mapper, lower
-from ttt_sim.model import MethodSettings, Model, Scenario
+from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, stage_starts
 from ttt_sim.ops import KIND, TEMPORARY_ROLES, IntArray, Trace, total_by
 from ttt_sim.results import FloatArray, Result
+from ttt_sim.system import holdings, least_system, microbatches_of, period_cycles, pipeline_cycles, stage_cycles
 from ttt_sim.units import ceil_div, format_bytes
 from ttt_sim.workload import build_trace, state_per_sequence
 from ttt_sim.workload.fast_state import CONV_TAPS
@@ -83,6 +84,12 @@ class Point:
     detail: int = DEFAULT_DETAIL
     overlap: bool = True
     compare_engines: bool = False
+    parallel: Parallel = ONE_CHIP
+
+    @property
+    def microbatches(self) -> int:
+        """Parts of the batch that follow each other through a pipeline."""
+        return microbatches_of(self.batch, self.parallel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,11 +176,13 @@ class PointResult:
 
 
 def _scenario(point: Point) -> tuple[Scenario, DecodePlan | None]:
-    """The calls that a point simulates, and for decode what each stands for."""
+    """The calls that a point simulates, of one microbatch, and for decode what each stands for."""
+    batch = ceil_div(point.batch, point.microbatches)
     if point.phase == "prefill":
         scenario = Scenario.prefill(
-            point.context_tokens, batch=point.batch, dtype=point.dtype, call_tokens=point.call_tokens
-        )
+            point.context_tokens, batch=batch, dtype=point.dtype, call_tokens=point.call_tokens,
+            parallel=point.parallel,
+        )  # fmt: skip
         return scenario, None
     if point.phase != "decode":
         raise WorkloadError(f"phase is {point.phase!r}, expected one of {', '.join(PHASES)}")
@@ -185,7 +194,7 @@ def _scenario(point: Point) -> tuple[Scenario, DecodePlan | None]:
         window_tokens=point.method.kv.window_tokens,
         uneven_tokens=CONV_TAPS - 1 if ttt is not None and ttt.carry == "online" else 1,
     )
-    return Scenario.decode(plan.positions, batch=point.batch, dtype=point.dtype), plan
+    return Scenario.decode(plan.positions, batch=batch, dtype=point.dtype, parallel=point.parallel), plan
 
 
 def simulate_point(point: Point) -> PointResult:
@@ -193,12 +202,17 @@ def simulate_point(point: Point) -> PointResult:
     False and ``reason`` or ``missing`` that says why, not an error."""
     find_mapper(point.chip)  # before anything is found not to fit
     scenario, plan = _scenario(point)
-    trace = build_trace(point.model, point.method, scenario)
     record = _identity(point)
+    starts = stage_starts(point.model, point.parallel.pp)
     capacity = point.chip.main_memory.capacity_bytes
-    persistent = sum(tensor.nbytes for tensor in trace.tensors if tensor.role not in TEMPORARY_ROLES)
+    try:
+        trace = build_trace(point.model, point.method, scenario)
+    except UnsupportedError as error:
+        return PointResult(point=point, record=record | {"missing": str(error)})
+    held = holdings(trace, point.model.n_layers, pipelined=bool(starts)).by_stage(starts, point.microbatches)
+    persistent = max(held)
     if persistent > capacity:
-        return PointResult(point=point, record=_does_not_fit(record, persistent, capacity, "weights and state"))
+        return PointResult(point=point, record=_does_not_fit(point, record, persistent, "weights and state"))
     try:
         result = simulate_trace(
             point.chip, trace, engine=point.engine, detail=point.detail, overlap=point.overlap,
@@ -207,20 +221,26 @@ def simulate_point(point: Point) -> PointResult:
     except UnsupportedError as error:
         return PointResult(point=point, record=record | {"missing": str(error)})
     except CapacityError as error:
-        return PointResult(point=point, record=_does_not_fit(record, persistent, capacity, str(error)))
-    peak = result.peak_memory_bytes()
+        return PointResult(point=point, record=_does_not_fit(point, record, persistent, str(error)))
+    in_trace = sum(tensor.nbytes for tensor in trace.tensors if tensor.role not in TEMPORARY_ROLES)
+    peak = persistent + result.peak_memory_bytes() - in_trace
     if peak > capacity:
-        return PointResult(point=point, record=_does_not_fit(record, peak, capacity, "weights, state and activations"))
+        return PointResult(point=point, record=_does_not_fit(point, record, peak, "weights, state and activations"))
 
     steps = int(trace.step.max()) + 1
+    stages = stage_cycles(trace, result.lowered.kernels.lead, result.kernel_advance(), starts)
+    # the trace is one chip's part of one microbatch
+    parts = point.parallel.tp * point.parallel.cp * point.microbatches
     if plan is None:
         twice = np.full(steps, 2, dtype=np.int64)
         tokens, span = point.batch * point.context_tokens, 1
-        twice_cycles = 2 * result.cycles
+        twice_cycles = 2 * (pipeline_cycles(stages, point.microbatches) if starts else result.cycles)
     else:
         twice = np.array(plan.twice_weights, dtype=np.int64)
         tokens, span = point.batch, plan.span_tokens
         step_cycles = np.diff(result.step_finish_cycles(), prepend=0)
+        if starts:
+            step_cycles = period_cycles(step_cycles, stages, point.microbatches)
         twice_cycles = int((twice * step_cycles).sum())
         if plan.boundary is not None:
             b = plan.boundary
@@ -235,9 +255,9 @@ def simulate_point(point: Point) -> PointResult:
     seconds = twice_cycles / (2 * span) / point.chip.clock_hz
     record |= {"fits": True, "cycles": cycles, "seconds": seconds, "tokens": tokens}
     record |= {"seconds_per_token": seconds / tokens, "tokens_per_s": tokens / seconds}
-    record |= _weighted(result, twice, span, tokens)
-    energy = {name: _mean(values, twice, span) for name, values in result.dynamic_energy_j().items()}
-    idle = point.chip.power.idle_w * seconds
+    record |= _weighted(result, twice, span, tokens, parts)
+    energy = {name: parts * _mean(values, twice, span) for name, values in result.dynamic_energy_j().items()}
+    idle = point.parallel.chips * point.chip.power.idle_w * seconds
     total_energy = sum(energy.values()) + idle
     record |= {
         "peak_memory_bytes": peak,
@@ -248,7 +268,8 @@ def simulate_point(point: Point) -> PointResult:
         "average_power_w": total_energy / seconds,
     }
     price = point.chip.price.per_hour_usd
-    record["cost_usd_per_million_tokens"] = None if price is None else price / 3600 * seconds / tokens * 1e6
+    rent = None if price is None else point.parallel.chips * price / 3600 * seconds
+    record["cost_usd_per_million_tokens"] = None if rent is None else rent / tokens * 1e6
     twice_advance = result.kernel_advance() * twice[trace.step[result.lowered.kernels.lead]]
     record |= _error_bar(point, result, twice_advance, seconds)
     by_kernel = _cycles_by_kernel(result, twice_advance, span)
@@ -276,6 +297,11 @@ def _identity(point: Point) -> dict[str, object]:
         "chunk_tokens": None if ttt is None else ttt.chunk_tokens,
         "window_tokens": point.method.kv.window_tokens,
         "call_tokens": point.call_tokens if point.phase == "prefill" else 1,
+        "chips": point.parallel.chips,
+        "tp": point.parallel.tp,
+        "pp": point.parallel.pp,
+        "cp": point.parallel.cp,
+        "microbatches": point.microbatches,
         "engine": point.engine,
         "overlap": point.overlap,
         "state_bytes_per_sequence": state.total_bytes,
@@ -286,18 +312,26 @@ def _identity(point: Point) -> dict[str, object]:
         "reason": "",
         "missing": "",
         "bytes_needed": None,
-        "chips_needed": 1,
+        "chips_needed": point.parallel.chips,
         "cycles": None,
         "seconds": None,
     }
 
 
-def _does_not_fit(record: dict[str, object], needed: int, capacity: int, what: str) -> dict[str, object]:
+def _does_not_fit(point: Point, record: dict[str, object], needed: int, what: str) -> dict[str, object]:
+    """``needed``: bytes on the fullest chip. ``chips_needed``: those that an arrangement was found for, else at least
+    that many."""
+    capacity = point.chip.main_memory.capacity_bytes
+    least = least_system(
+        point.chip, point.model, [point.method], context_tokens=point.context_tokens, batch=point.batch,
+        dtype=point.dtype,
+    )  # fmt: skip
+    at_least = ceil_div(needed, capacity) * point.parallel.chips
     return record | {
         "fits": False,
         "reason": f"{what} need {format_bytes(needed)} of {format_bytes(capacity)}" if needed > capacity else what,
         "bytes_needed": needed,
-        "chips_needed": max(ceil_div(needed, capacity), 1),
+        "chips_needed": max(at_least, least.chips if least is not None else 1),
     }
 
 
@@ -305,16 +339,16 @@ def _mean(values: FloatArray, twice: IntArray, span: int) -> float:
     return float((values * twice).sum()) / (2 * span)
 
 
-def _weighted(result: Result, twice: IntArray, span: int, tokens: int) -> dict[str, object]:
-    """Bytes and operations of the mean step."""
+def _weighted(result: Result, twice: IntArray, span: int, tokens: int, parts: int) -> dict[str, object]:
+    """Bytes and operations of the mean step, on all chips: ``parts`` times those of the trace."""
     trace = result.trace
     out: dict[str, object] = {}
     for column in ("flops", "vector_ops"):
         per_step = total_by(trace.step, getattr(trace, column), twice.size)
-        out[column] = _mean(per_step.astype(np.float64), twice, span)
+        out[column] = parts * _mean(per_step.astype(np.float64), twice, span)
     totals = {"read": 0.0, "write": 0.0}
     for (direction, name), per_step in result.main_bytes().items():
-        value = _mean(per_step.astype(np.float64), twice, span)
+        value = parts * _mean(per_step.astype(np.float64), twice, span)
         out[f"{direction}_{name}_bytes"] = value
         totals[direction] += value
     out["main_read_bytes"], out["main_write_bytes"] = totals["read"], totals["write"]

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("program",),
     ("lower",),
     ("engine",),
-    ("bounds", "results", "simulation"),
+    ("bounds", "results", "simulation", "system"),
     ("grid", "crossover", "drift", "predict", "replay"),
     ("report",),
     ("experiment",),

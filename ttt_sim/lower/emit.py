@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ttt_sim.chip import Chip
-from ttt_sim.lower.kernels import STREAMS, Kernels
+from ttt_sim.lower.kernels import STREAMS, TRANSFER_STREAM, Kernels
 from ttt_sim.lower.work import CACHE, LEVELS, LINK, MATRIX, READ, VECTOR, WRITE, KernelWork
 from ttt_sim.ops import IntArray
 from ttt_sim.program import COMPUTE, OVERHEAD, TASK_KINDS, Program
@@ -58,7 +58,8 @@ def units_of(chip: Chip, *, linked: bool = False) -> Units:
     ``linked`` adds one for the links to other chips.
     """
     main = chip.main_memory
-    names = [f"launch.{stream}" for stream in STREAMS]
+    streams = STREAMS if linked else STREAMS[:TRANSFER_STREAM]
+    names = [f"launch.{stream}" for stream in streams]
     groups = [main.name] if main.channel_groups == 1 else [f"{main.name}.{g}" for g in range(main.channel_groups)]
     memory = tuple(range(len(names), len(names) + len(groups)))
     names += groups
@@ -83,12 +84,12 @@ def units_of(chip: Chip, *, linked: bool = False) -> Units:
         level_unit[WRITE] = write_units
 
     n = len(names)
-    queues = np.full(n, len(STREAMS), dtype=np.int64)
-    queues[: len(STREAMS)] = 1
+    queues = np.full(n, len(streams), dtype=np.int64)
+    queues[: len(streams)] = 1
     switch = np.zeros((n, len(TASK_KINDS), len(TASK_KINDS)), dtype=np.int64)
     row_miss = np.zeros(n, dtype=np.int64)
     for unit in {*memory, *write_units}:
-        queues[unit] = 2 * len(STREAMS) if main.shared_bus else len(STREAMS)
+        queues[unit] = (2 if main.shared_bus else 1) * len(streams)
         switch[unit, READ_TASK, WRITE_TASK] = chip.cycles(main.read_to_write_s)
         switch[unit, WRITE_TASK, READ_TASK] = chip.cycles(main.write_to_read_s)
         row_miss[unit] = chip.cycles(main.row_miss_s)
@@ -96,7 +97,7 @@ def units_of(chip: Chip, *, linked: bool = False) -> Units:
         names=tuple(names),
         n_queues=queues,
         level_unit=tuple(level_unit),
-        launch_unit=tuple(range(len(STREAMS))),
+        launch_unit=tuple(range(len(streams))),
         switch_cycles=switch,
         row_miss_cycles=row_miss,
     )
@@ -185,7 +186,7 @@ def emit(chip: Chip, kernels: Kernels, work: KernelWork, needs_main: BoolArray, 
     """
     units = units_of(chip, linked=bool(work.cycles[:, LINK].any()))
     n = kernels.n
-    groups = len(units.level_unit[READ])
+    groups, n_streams = len(units.level_unit[READ]), len(units.launch_unit)
     pieces, major, count = _pieces(work, groups, detail)
     copies = np.array([len(level) for level in units.level_unit], dtype=np.int64)
     launched = work.launch_cycles > 0
@@ -249,7 +250,7 @@ def emit(chip: Chip, kernels: Kernels, work: KernelWork, needs_main: BoolArray, 
                 tasks.add(
                     ids,
                     unit=unit,
-                    queue=stream[chosen] + (len(STREAMS) if level == WRITE and chip.main_memory.shared_bus else 0),
+                    queue=stream[chosen] + (n_streams if level == WRITE and chip.main_memory.shared_bus else 0),
                     priority=2 * stream[chosen] + (level == WRITE),
                     kind=_LEVEL_KIND[level],
                     cycles=np.maximum(cycles, 1),

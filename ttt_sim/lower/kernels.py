@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ttt_sim.chip import Chip, Fusion
 from ttt_sim.ops import (
+    BESIDE,
     KIND,
     OP_KINDS,
     Dependencies,
@@ -29,8 +30,8 @@ from ttt_sim.ops import (
     owners,
 )
 
-FORWARD_STREAM, UPDATE_STREAM = 0, 1
-STREAMS: tuple[str, ...] = ("forward", "update")
+FORWARD_STREAM, UPDATE_STREAM, TRANSFER_STREAM = 0, 1, 2
+STREAMS: tuple[str, ...] = ("forward", "update", "transfer")
 
 #: GEMMs that read the same rows and stand next to each other are one GEMM with their columns side by side.
 SIBLINGS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -74,6 +75,8 @@ def _join_table(fusion: Fusion) -> npt.NDArray[np.bool_]:
         table[[KIND["delta_norm"], KIND["fast_init"]], :] = False
         table[KIND["embedding"], KIND["attn_norm"]] = True
         table[KIND["weight_write"], KIND["target_conv"]] = table[KIND["delta_write"], KIND["target_conv"]] = False
+        between = [code for code, kind in enumerate(OP_KINDS) if kind.op_class == OpClass.COLLECTIVE]
+        table[between, :] = table[:, between] = False  # what other chips make must be there before it is used
         return table
     for family in SIBLINGS:
         for first, second in pairwise(family):
@@ -108,6 +111,7 @@ class Kernels:
 def form_kernels(trace: Trace, chip: Chip, dependencies: Dependencies, *, overlap: bool) -> Kernels:
     """Group the ops of ``trace`` into kernels for ``chip``.
 
+    Transfers that need not be waited for where they stand (:data:`ttt_sim.ops.BESIDE`) have a stream of their own.
     ``overlap`` False puts updates into the forward stream, in program order: nothing runs beside them. The same
     happens on a chip whose weights cannot be written while others are read. A chip with a shadow bank writes a new
     version beside the old one, so write-after-read order does not bind there.
@@ -115,6 +119,7 @@ def form_kernels(trace: Trace, chip: Chip, dependencies: Dependencies, *, overla
     n_ops = trace.n_ops
     separate = overlap and chip.writability.overlap
     stream = np.where(is_update(trace) & separate, UPDATE_STREAM, FORWARD_STREAM).astype(np.int64)
+    stream[np.isin(trace.kind, [KIND[name] for name in BESIDE])] = TRANSFER_STREAM
     waiting = owners(dependencies.ptr)
     needed = dependencies.idx
     if chip.writability.shadow_bank:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ttt_sim.chip import Chip, ComputeUnit, MemoryLevel
+from ttt_sim.chip import Chip, ComputeUnit, Link, MemoryLevel
 from ttt_sim.dtypes import DTYPE_BITS, DTYPES
 from ttt_sim.errors import UnsupportedError
 from ttt_sim.lower.kernels import Kernels, sibling_group
@@ -153,28 +153,52 @@ def _transfer_starts(trace: Trace, chip: Chip, kernels: Kernels, place: IntArray
 
 
 def _collectives(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> None:
-    """Sums over chips, in a ring over the first link; the faster of two protocols (see :class:`ttt_sim.chip.Link`).
+    """Transfers between chips, each over the nearest link that reaches all its partners (see :func:`link_to`).
 
     Raises:
-        UnsupportedError: the chip has no link to other chips.
+        UnsupportedError: the chip has no link that reaches so many others.
     """
     ops = np.flatnonzero(op_classes(trace) == int(OpClass.COLLECTIVE))
-    if not ops.size:
-        return
-    link = next((link for link in chip.links if link.scope == "chip" and link.topology != "host"), None)
-    if link is None:
-        raise UnsupportedError(
-            f"{chip.name}: the workload sums over several chips and the chip file has no link to others"
-        )
     for op in ops:
         ranks = int(trace.heads[op])
+        link = link_to(chip, max(ranks, int(trace.kv_heads[op])) - 1)
         nbytes = int(trace.read_bytes[trace.read_ptr[op] : trace.read_ptr[op + 1]].sum())
-        fixed = link.start_s + 2 * (ranks - 1) * link.latency_s
-        moved = 2 * (ranks - 1) * nbytes / (ranks * link.bytes_per_s)
-        seconds = fixed + min(moved / link.short_frac, link.bulk_start_s + moved / link.bulk_frac)
         kernel = kernels.of_op[op]
-        work["link"][kernel] += chip.cycles(seconds)
+        work["link"][kernel] += chip.cycles(transfer_seconds(link, OP_KINDS[int(trace.kind[op])].name, nbytes, ranks))
         work["steps"][kernel] += 1
+
+
+def link_to(chip: Chip, partners: int) -> Link:
+    """The first link off the chip that reaches ``partners`` other chips.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    links = [link for link in chip.links if link.scope == "chip" and link.topology != "host"]
+    for link in links:
+        if link.peers is None or link.peers >= partners:
+            return link
+    have = f"links to {max(link.peers or 0 for link in links)} others at most" if links else "no link to others"
+    raise UnsupportedError(f"{chip.name}: the workload needs links to {partners} other chips and the file has {have}")
+
+
+def transfer_seconds(link: Link, kind: str, nbytes: int, ranks: int) -> float:
+    """Time of one transfer of ``nbytes`` that each of ``ranks`` chips gives.
+
+    ``allreduce`` in a ring, 2 (n - 1) steps of an n-th; ``allgather`` n - 1 steps of the whole; ``kv_ring`` and
+    ``stage_send`` one step to one partner; ``delta_scan`` passes partial sums on in pieces, so the bytes cross a link
+    once and the hops add up. Groups use as many of the links as they have partners (a switch: all of them), one step
+    to a partner uses one. Groups use the faster of two protocols (see :class:`ttt_sim.chip.Link`).
+    """
+    if kind in ("allreduce", "allgather"):
+        steps = 2 * (ranks - 1) if kind == "allreduce" else ranks - 1
+        share = 1.0 if link.topology == "switch" else min(ranks - 1, link.count) / link.count
+        moved = steps * nbytes / ((ranks if kind == "allreduce" else 1) * link.bytes_per_s * share)
+    else:
+        steps = ranks - 1 if kind == "delta_scan" else 1
+        moved = nbytes / (link.bytes_per_s / (1 if link.topology == "switch" else link.count))
+    fixed = link.start_s + steps * link.latency_s
+    return fixed + min(moved / link.short_frac, link.bulk_start_s + moved / link.bulk_frac)
 
 
 def transfer_cycles(chip: Chip, memory: MemoryLevel, nbytes: IntArray, *, write: bool) -> IntArray:
@@ -290,8 +314,12 @@ def _note(work: Work, ops: IntArray, shape: IntArray, chosen: Sequence[TileWork]
 
 
 def _kv_bytes(trace: Trace) -> IntArray:
-    """Bytes of keys and values that each attention core reads, from a cache or as fresh rows: all but its queries."""
-    read = total_by(owners(trace.read_ptr), trace.read_bytes, trace.n_ops)
+    """Bytes of keys and values that each attention core reads, from a cache or as fresh rows: all but its queries, and
+    the output so far that a core over further keys goes on with."""
+    op = owners(trace.read_ptr)
+    first = np.minimum(trace.write_ptr[:-1], max(trace.write_tensor.size - 1, 0))
+    output = np.where(np.diff(trace.write_ptr) > 0, trace.write_tensor[first], -1)
+    read = total_by(op, np.where(trace.read_tensor == output[op], 0, trace.read_bytes), trace.n_ops)
     bits = np.array([DTYPE_BITS[dtype] for dtype in DTYPES], dtype=np.int64)[trace.dtype]
     queries = -(-trace.batch * trace.heads * trace.m * trace.k * bits // 8)
     return np.maximum(read - queries, 0)

@@ -26,7 +26,8 @@ _POINT_KEY = ("method", "phase", "context_tokens", "batch")
 #: Columns that each frame has; more are welcome and end up in the CSV files.
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "points": (
-        *_POINT_KEY, "window_tokens", "fits", "reason", "bytes_needed", "chips_needed", "cycles", "seconds", "tokens",
+        *_POINT_KEY, "window_tokens", "chips", "tp", "pp", "cp", "fits", "reason", "missing", "bytes_needed",
+        "chips_needed", "cycles", "seconds", "tokens",
         "seconds_per_token", "tokens_per_s", "flops", "main_bytes_per_token", "state_bytes_per_sequence",
         "energy_j_per_token", "cost_usd_per_million_tokens", "bound_by", "bound_share", "boundary_step_seconds",
         "ordinary_step_seconds",
@@ -51,7 +52,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 #: Columns of ``points`` that hold whole numbers, some of them missing where a point does not fit.
 WHOLE_NUMBERS: tuple[str, ...] = (
     "context_tokens", "batch", "chunk_tokens", "window_tokens", "call_tokens", "tokens", "bytes_needed", "chips_needed",
-    "cycles", "state_bytes_per_sequence", "state_kv_bytes", "state_fast_weight_bytes", "state_carry_bytes",
+    "chips", "tp", "pp", "cp", "cycles", "state_bytes_per_sequence",
+    "state_kv_bytes", "state_fast_weight_bytes", "state_carry_bytes",
     "peak_memory_bytes", "n_ops", "n_kernels", "n_tasks",
 )  # fmt: skip
 

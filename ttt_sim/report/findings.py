@@ -24,20 +24,41 @@ BASELINE = "kv"
 
 def answers(data: ReportData) -> list[str]:
     """The main results, a sentence each: state, time of each phase, the boundary step, what does not fit."""
-    out = [*_state(data)]
+    out = [*_system(data), *_state(data)]
     for phase, at in data.headlines.items():
         out += _times(data, phase, at)
     out += _boundary(data)
     unfit = select(data.points, fits=False)
+    missing = unfit["missing"].fillna("").astype(str)
+    for reason, rows in unfit[missing != ""].groupby(missing[missing != ""], sort=False):
+        methods = ", ".join(method_title(data, method) for method in dict.fromkeys(rows["method"]))
+        out.append(f"{len(rows)} of {len(data.points)} points cannot run ({methods}): {reason}.")
+    unfit = unfit[missing == ""]
     if len(unfit):
         smallest = unfit.sort_values(["bytes_needed", "context_tokens"], kind="stable").iloc[0]
+        held = unfit["chips"].dropna()
+        here = chips_text(int(held.iloc[0])) if len(held) and int(held.iloc[0]) > 1 else "one chip"
         out.append(
-            f"{len(unfit)} of {len(data.points)} points do not fit one chip; the smallest is "
+            f"{len(unfit)} of {len(data.points)} points do not fit {here}; the smallest is "
             f"{method_title(data, str(smallest['method']))}, {smallest['phase']} at "
             f"{tokens_label(smallest['context_tokens'])} tokens, batch {smallest['batch']}, "
             f"which needs {chips_text(smallest['chips_needed'])}."
         )
     return out + _certainty(data)
+
+
+def _system(data: ReportData) -> list[str]:
+    """How many chips work together, if more than one."""
+    parallel = data.provenance.get("parallel")
+    if not isinstance(parallel, Mapping):
+        return []
+    sizes = {name: int(str(parallel[name])) for name in ("tp", "pp", "cp")}
+    chips = sizes["tp"] * sizes["pp"] * sizes["cp"]
+    if chips == 1:
+        return []
+    ways = {"tp": "tensor-parallel", "pp": "pipeline stages", "cp": "context-parallel"}
+    how = ", ".join(f"{sizes[name]} {way}" for name, way in ways.items() if sizes[name] > 1)
+    return [f"System: {chips} chips ({how}). Times, energy and cost are those of all of them."]
 
 
 def _certainty(data: ReportData) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ttt_sim.data_files import did_you_mean
 from ttt_sim.errors import ConfigError
-from ttt_sim.model import MethodSettings, Model, Scenario
+from ttt_sim.model import MethodSettings, Model, Scenario, shard
 from ttt_sim.ops import Trace
 from ttt_sim.workload.attention import check_kv
 from ttt_sim.workload.in_place_ttt import TTT, TTT_WINDOW
@@ -38,8 +38,9 @@ def build_trace(model: Model, settings: MethodSettings, scenario: Scenario) -> T
 
     Raises:
         ConfigError: unknown method, or settings that cannot be.
+        WorkloadError: the chips of ``scenario.parallel`` cannot share the model.
     """
-    return find_method(settings.name).trace(model, settings, scenario)
+    return find_method(settings.name).trace(shard(model, scenario.parallel.tp), settings, scenario)
 
 
 def state_per_sequence(model: Model, settings: MethodSettings, tokens: int, dtype: str) -> State:

@@ -12,9 +12,9 @@ import numpy as np
 from ttt_sim.data_files import did_you_mean
 from ttt_sim.dtypes import DTYPES
 from ttt_sim.errors import ConfigError
-from ttt_sim.model import KVSettings, Model, Scenario
+from ttt_sim.model import KVSettings, Model, Parallel, Scenario
 from ttt_sim.ops import IntArray, Num, Role
-from ttt_sim.workload.builder import Read, Segment, TraceBuilder, n_bytes
+from ttt_sim.workload.builder import Read, Segment, TraceBuilder, Write, n_bytes
 
 #: Formats that cost work to store and to read, and those of them that share a scale and zero point in groups.
 _QUANTISED = ("fp8", "int8", "fp4", "int4")
@@ -67,7 +67,7 @@ def visible_pairs(kv: KVSettings, positions: IntArray, rows: int) -> IntArray:
 
 def declare_kv(builder: TraceBuilder, model: Model, kv: KVSettings, scenario: Scenario) -> None:
     """Declare the caches, with room for what they hold at the end. Version 0 is what they hold at the start."""
-    tokens = kept_tokens(kv, scenario.context_tokens)
+    tokens = -(-kept_tokens(kv, scenario.context_tokens) // scenario.parallel.cp)
     builder.declare(
         "kv",
         (scenario.batch, tokens, 2, model.n_kv_heads, model.head_dim),
@@ -80,7 +80,7 @@ def declare_kv(builder: TraceBuilder, model: Model, kv: KVSettings, scenario: Sc
     )
 
 
-def emit_attention(s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str) -> None:
+def emit_attention(s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, parallel: Parallel) -> None:
     """Ops F1 to F9, from ``layer_input`` to ``attended``, the residual stream in the middle of the layer."""
     m, h = s.run.tokens, model.head_dim
     rows, d = batch * m, model.d_model
@@ -118,13 +118,24 @@ def emit_attention(s: Segment, model: Model, kv: KVSettings, batch: int, dtype: 
         "rope", reads=[q, k, ("rope_table", size(2 * m, h))], writes=[rotated_q, rotated_k],
         dtype=dtype, m=rows, n=q_width + kv_width,
     )  # fmt: skip
-    if kv.window_tokens is None or m == 1:
+    if parallel.cp > 1 and m > 1:
+        _shared_prompt(s, model, kv, batch, dtype, rotated_q, rotated_k, v, parallel.cp)
+    elif kv.window_tokens is None or m == 1:
         # One new row takes the slot of the token that leaves the window with it, so it may be stored before the core.
         _append(s, model, kv, batch, dtype, rotated_k, v)
         keys = s.run.positions + m
         if kv.window_tokens is not None:
             keys = np.minimum(keys, kv.window_tokens)
-        _core(s, model, kv, batch, dtype, rotated_q, keys, stored=keys, fresh=())
+        if parallel.cp == 1:
+            _core(s, model, kv, batch, dtype, rotated_q, keys, stored=keys, fresh=())
+        else:  # every chip has its part of the keys, and the parts of the outputs are joined
+            keys = -(-keys // parallel.cp)
+            _core(s, model, kv, batch, dtype, rotated_q, keys, stored=keys, fresh=(), pairs=keys)
+            core: Write = ("attn_core", size(rows, q_width))
+            s.op(
+                "allreduce", reads=[core], writes=[core], dtype=dtype, m=rows * q_width, n=1, heads=parallel.cp,
+                kv_heads=parallel.tp * parallel.cp,
+            )  # fmt: skip
     else:
         stored = np.minimum(s.run.positions, kv.window_tokens - 1)
         _core(s, model, kv, batch, dtype, rotated_q, stored + m, stored=stored, fresh=(rotated_k, v))
@@ -134,10 +145,56 @@ def emit_attention(s: Segment, model: Model, kv: KVSettings, batch: int, dtype: 
         "o_proj", reads=[("attn_core", size(rows, q_width)), ("o_proj.weight", size(q_width, d))], writes=[projected],
         dtype=dtype, m=rows, n=d, k=q_width,
     )  # fmt: skip
+    if parallel.tp > 1:
+        summed = s.buffer("attn_summed", (batch, m, d), dtype)
+        s.op("allreduce", reads=[projected], writes=[summed], dtype=dtype, m=rows * d, n=1, heads=parallel.tp)
+        projected = summed
     s.op(
         "attn_residual", reads=[stream, projected], writes=[s.buffer("attended", (batch, m, d), dtype)],
         dtype=dtype, m=rows, n=d,
     )  # fmt: skip
+
+
+def _shared_prompt(
+    s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, q: Read, k: Read, v: Read, ranks: int
+) -> None:
+    """F6 and F7 of the last of ``ranks`` chips that share a prompt, which sees the tokens of all others.
+
+    Full attention: keys and values go around the ring, one step beside the core over the part that came before
+    (ring attention, arXiv 2310.01889). A window needs the last w - 1 tokens of the chips before this one.
+    """
+    m = s.run.tokens
+    token_bytes = kv_token_bytes(model, kv)
+    width = model.n_heads * model.head_dim
+    carried: Read = ("attn_core", int(n_bytes(batch * m * width, dtype)))
+
+    def step(source: Read, tokens: int) -> Read:
+        """P4: ``tokens`` rows of every sequence arrive from the chip before."""
+        received = s.buffer("kv_received", (batch, tokens, 2, model.n_kv_heads, model.head_dim), kv.dtype)
+        received = (received[0], batch * tokens * token_bytes)
+        s.op("kv_ring", reads=[source], writes=[received], dtype=dtype, m=batch * tokens, n=1, heads=ranks)
+        return received
+
+    own = batch * m * token_bytes
+    if kv.window_tokens is not None:
+        fresh = (k, v)
+        halo = min(kv.window_tokens - 1, (ranks - 1) * m)
+        reads: list[Read] = []
+        if halo:
+            _append(s, model, kv, batch, dtype, k, v)
+            reads = [step(("kv", batch * halo * token_bytes), halo)]
+        keys = np.full_like(s.run.positions, halo + m)
+        _core(s, model, kv, batch, dtype, q, keys, stored=keys - m, fresh=(*reads, *fresh), cached=())
+        if not halo:
+            _append(s, model, kv, batch, dtype, k, v)
+        return
+    _append(s, model, kv, batch, dtype, k, v)
+    keys = np.full_like(s.run.positions, m)
+    received: Read = ("kv", own)
+    _core(s, model, kv, batch, dtype, q, keys, stored=keys, fresh=(), pairs=keys * (m + 1) // 2)
+    for _ in range(ranks - 1):
+        received = step(received, m)
+        _core(s, model, kv, batch, dtype, q, keys, stored=keys, fresh=(received, carried), cached=(), pairs=keys * m)
 
 
 def _append(s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, k: Read, v: Read) -> None:
@@ -167,15 +224,20 @@ def _core(
     *,
     stored: IntArray,
     fresh: tuple[Read, ...],
+    cached: tuple[Read, ...] | None = None,
+    pairs: Num | None = None,
 ) -> None:
-    """F7 over ``keys`` rows, ``stored`` of them from the cache and the rest from ``fresh`` rows of this call."""
+    """F7 over ``keys`` rows, ``stored`` of them from the cache and the rest from ``fresh`` rows of this call.
+
+    ``cached``: where the stored rows are read instead of the layer's own cache; ``pairs`` that the rows see, if not all
+    that a window or the causal order allows.
+    """
     m, h = s.run.tokens, model.head_dim
     dequantise: Num = 0
     if kv.dtype in _QUANTISED:
         dequantise = _QUANTISE_LANES * 2 * batch * model.n_kv_heads * h * stored
-    cached: list[Read] = []
-    if stored.any():
-        cached = [("kv", batch * kv_token_bytes(model, kv) * stored)]
+    if cached is None:
+        cached = (("kv", batch * kv_token_bytes(model, kv) * stored),) if stored.any() else ()
     s.op(
         "attention",
         reads=[q, *cached, *fresh],
@@ -187,6 +249,6 @@ def _core(
         k=h,
         heads=model.n_heads,
         kv_heads=model.n_kv_heads,
-        pairs=visible_pairs(kv, s.run.positions, m),
+        pairs=visible_pairs(kv, s.run.positions, m) if pairs is None else pairs,
         extra_lanes=dequantise,
     )

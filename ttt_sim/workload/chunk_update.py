@@ -43,15 +43,44 @@ class ChunkUpdate:
         rows = self.ttt.chunk_tokens
         values = self._target_values(s, rows, chunk, targets)
         if outer_first(self.decoder.model, self.ttt):
-            outer = self._delta_buffer(s, "outer_delta")
-            self._product(s, "outer_gemm", rows, chunk, [values, *hidden], [outer])
-            self._project_delta(s, chunk, outer)
+            self._project_delta(s, chunk, self._outer(s, rows, chunk, values, hidden))
         elif self._needs_delta:
             delta = self._delta_buffer(s, "delta")
             self._product(s, "delta_gemm", rows, chunk, [values, *hidden], [delta])
             self._add_delta(s, chunk, delta)
         else:
             self._product(s, "delta_write", rows, chunk, [values, *hidden, self.weights()[0]], self.weights())
+
+    def emit_own_delta(
+        self, s: Segment, chunk: Num, targets: Sequence[Read], hidden: Sequence[Read], *, first: bool
+    ) -> None:
+        """The scaled delta of a chunk, kept for later, and the sum of this chip's deltas up to it."""
+        rows = self.ttt.chunk_tokens
+        values = self._target_values(s, rows, chunk, targets)
+        delta = self._delta_buffer(s, "delta")
+        if outer_first(self.decoder.model, self.ttt):
+            self._projection(s, "outer_proj", chunk, self._outer(s, rows, chunk, values, hidden), [], [delta])
+        else:
+            self._product(s, "delta_gemm", rows, chunk, [values, *hidden], [delta])
+        scaled, total = self._delta_buffer(s, "scaled_delta"), self._delta_buffer(s, "delta_total")
+        self._row_wise(s, "delta_scale", chunk, [delta, *self._norm(s, chunk, delta)], [scaled])
+        self._row_wise(s, "delta_sum", chunk, [scaled, *([] if first else [total])], [total])
+
+    def emit_scan(self, s: Segment, chunk: Num) -> None:
+        """P6: the deltas of all chips before this one, added to the trained weight."""
+        before, total = self._delta_buffer(s, "delta_before"), self._delta_buffer(s, "delta_total")
+        elements = self.decoder.batch * self.decoder.model.d_model * self.decoder.model.d_ff
+        parallel = self.decoder.parallel
+        s.op(
+            "delta_scan", reads=[total], writes=[before], dtype=self.delta_dtype, m=elements, n=1, heads=parallel.cp,
+            kv_heads=parallel.tp * parallel.cp, phase=Phase.BACKWARD, chunk=chunk,
+        )  # fmt: skip
+        self._write(s, chunk, before)
+
+    def emit_write(self, s: Segment, chunk: Num, *, ago: int) -> None:
+        """U6 with a delta that was scaled before; ``ago`` others were scaled after it."""
+        name, size = self._delta_buffer(s, "scaled_delta")
+        self._write(s, chunk, (name, size, ago))
 
     def emit_fold(self, s: Segment, chunk: Num, *, before: int, after: int, target: str) -> None:
         """Online form: an open chunk grows from ``before`` to ``after`` rows; at C rows the weight is updated.
@@ -123,24 +152,29 @@ class ChunkUpdate:
 
     def _project_delta(self, s: Segment, chunk: Num, outer: Read) -> None:
         """U2': P^T Q, as the rows of Q^T of all sequences by the shared P."""
-        d, f = self.decoder.model.d_model, self.decoder.model.d_ff
-        fused = not self._needs_delta
-        reads = [outer, ("ttt_proj.weight", self.decoder.size(d, d))]
-        delta = None if fused else self._delta_buffer(s, "delta")
-        s.op(
-            "delta_write" if fused else "outer_proj",
-            reads=reads if delta else [*reads, self.weights()[0]],
-            writes=[delta] if delta else self.weights(),
-            dtype=self.decoder.dtype,
-            m=self.decoder.batch * f,
-            n=d,
-            k=d,
-            phase=Phase.WEIGHT_WRITE if fused else Phase.BACKWARD,
-            chunk=chunk,
-            extra_lanes=self._scale_and_add if fused else 0,
-        )
-        if delta:
+        if self._needs_delta:
+            delta = self._delta_buffer(s, "delta")
+            self._projection(s, "outer_proj", chunk, outer, [], [delta])
             self._add_delta(s, chunk, delta)
+        else:
+            self._projection(s, "delta_write", chunk, outer, [self.weights()[0]], self.weights())
+
+    def _projection(
+        self, s: Segment, kind: str, chunk: Num, outer: Read, old: Sequence[Read], writes: Sequence[Write]
+    ) -> None:
+        d, f = self.decoder.model.d_model, self.decoder.model.d_ff
+        fused = kind == "delta_write"
+        s.op(
+            kind, reads=[outer, ("ttt_proj.weight", self.decoder.size(d, d)), *old], writes=writes,
+            dtype=self.decoder.dtype, m=self.decoder.batch * f, n=d, k=d, chunk=chunk,
+            phase=Phase.WEIGHT_WRITE if fused else Phase.BACKWARD, extra_lanes=self._scale_and_add if fused else 0,
+        )  # fmt: skip
+
+    def _outer(self, s: Segment, rows: int, chunk: Num, values: Read, hidden: Sequence[Read]) -> Write:
+        """U3': the delta before its projection."""
+        outer = self._delta_buffer(s, "outer_delta")
+        self._product(s, "outer_gemm", rows, chunk, [values, *hidden], [outer])
+        return outer
 
     @property
     def _scale_and_add(self) -> int:
@@ -148,27 +182,41 @@ class ChunkUpdate:
 
     def _add_delta(self, s: Segment, chunk: Num, delta: Read) -> None:
         """U4 (with a clip), U5, U6: scale and add are one pass unless the variant is the released code's."""
-        m, f = self.decoder.batch * self.decoder.model.d_model, self.decoder.model.d_ff
-        norm: list[Read] = []
-        if self.ttt.clip is not None:
-            # One number per sequence: named for its order, too small to count.
-            s.buffer("delta_norm", (self.decoder.batch,), "fp32", Role.GRADIENT)
-            norm = [("delta_norm", 0)]
-            s.op(
-                "delta_norm", reads=[delta], writes=[("delta_norm", 0)],
-                dtype=self.delta_dtype, m=m, n=f, phase=Phase.BACKWARD, chunk=chunk,
-            )  # fmt: skip
-        fused = self.ttt.weight_write != "official"
-        if not fused:
+        norm = self._norm(s, chunk, delta)
+        if self.ttt.weight_write == "official":
             scaled = self._delta_buffer(s, "scaled_delta")
+            self._row_wise(s, "delta_scale", chunk, [delta, *norm], [scaled])
+            self._write(s, chunk, scaled)
+        else:
+            self._write(s, chunk, delta, *norm, scales=True)
+
+    def _norm(self, s: Segment, chunk: Num, delta: Read) -> list[Read]:
+        """U4, with a clip: of the parts of all chips that share the weight."""
+        if self.ttt.clip is None:
+            return []
+        # One number per sequence: named for its order, too small to count.
+        norm, size = s.buffer("delta_norm", (self.decoder.batch,), "fp32", Role.GRADIENT)
+        self._row_wise(s, "delta_norm", chunk, [delta], [(norm, 0)])
+        ranks = self.decoder.parallel.tp
+        if ranks > 1:
             s.op(
-                "delta_scale", reads=[delta, *norm], writes=[scaled],
-                dtype=self.delta_dtype, m=m, n=f, phase=Phase.BACKWARD, chunk=chunk,
+                "allreduce", reads=[(norm, size)], writes=[(norm, size)], dtype="fp32", m=self.decoder.batch, n=1,
+                heads=ranks, phase=Phase.BACKWARD, chunk=chunk,
             )  # fmt: skip
-            delta, norm = scaled, []
+        return [(norm, 0)]
+
+    def _write(self, s: Segment, chunk: Num, *reads: Read, scales: bool = False) -> None:
+        """U6, or U5 and U6 in one pass."""
+        self._row_wise(s, "weight_write", chunk, [*reads, self.weights()[0]], self.weights(), scales=scales)
+
+    def _row_wise(
+        self, s: Segment, kind: str, chunk: Num, reads: Sequence[Read], writes: Sequence[Write], *, scales: bool = False
+    ) -> None:
+        """One pass over the elements of a delta."""
+        m, f = self.decoder.batch * self.decoder.model.d_model, self.decoder.model.d_ff
         s.op(
-            "weight_write", reads=[delta, *norm, self.weights()[0]], writes=self.weights(),
-            dtype=self.delta_dtype, m=m, n=f, phase=Phase.WEIGHT_WRITE, chunk=chunk, extra_lanes=m * f if fused else 0,
+            kind, reads=reads, writes=writes, dtype=self.delta_dtype, m=m, n=f, chunk=chunk,
+            phase=Phase.WEIGHT_WRITE if kind == "weight_write" else Phase.BACKWARD, extra_lanes=m * f if scales else 0,
         )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ttt_sim.dtypes import DTYPE_BITS
-from ttt_sim.errors import ConfigError
+from ttt_sim.errors import ConfigError, UnsupportedError
 from ttt_sim.model import Call, KVSettings, MethodSettings, Model, Scenario, TTTSettings
 from ttt_sim.model_config import check_ttt
 from ttt_sim.ops import Num, Phase, Role, Trace
@@ -101,6 +101,8 @@ class InPlaceMlp:
             )  # fmt: skip
 
     def emit_layer(self, s: Segment) -> Sequence[Read]:
+        if self.decoder.parallel.cp > 1 and s.run.tokens > 1:
+            return self._emit_shared_prompt(s)
         if s.run.from_empty:
             self._init_weights(s)
         open_rows = int(s.run.positions[0]) % self.ttt.chunk_tokens
@@ -177,6 +179,32 @@ class InPlaceMlp:
             self._keep(s, shared=False)
         return added
 
+    def _emit_shared_prompt(self, s: Segment) -> list[Read]:
+        """The last chip's part of a prompt that a context-parallel group shares (the algorithm of the paper).
+
+        Every chip forms the deltas of its chunks and their sum. The sums of the chips before this one arrive through a
+        scan, and only then does it apply a weight: the trained one plus all that the chunks before added.
+        """
+        size, m, d, f = self.ttt.chunk_tokens, s.run.tokens, self.decoder.model.d_model, self.decoder.model.d_ff
+        ranks = self.decoder.parallel.cp
+        if m % size:
+            raise UnsupportedError(
+                f"{ranks} chips can share prompts of whole chunks only: multiples of {ranks * size} tokens"
+            )
+        self._init_weights(s)
+        self.decoder.emit_hidden(s, m, [("mlp_normed", self._rows(m, d))], Phase.FORWARD)
+        first, n_chunks = s.run.positions // size, m // size
+        for i in range(n_chunks):
+            targets: list[Read] = [(self._target, self._rows(size, d))]
+            self._update.emit_own_delta(s, first + i, targets, [("hidden", self._rows(size, f))], first=i == 0)
+        self._update.emit_scan(s, first)
+        added: list[Read] = []
+        for i in range(n_chunks):
+            self._apply(s, first + i, size, Phase.FORWARD)
+            added.append(("fast_out", self._rows(size, d), n_chunks - 1 - i))
+            self._update.emit_write(s, first + i, ago=n_chunks - 1 - i)
+        return added
+
     def _emit_update(self, s: Segment, chunk: Num, old: int, new: int, joined: bool) -> None:
         """The update from a chunk of ``old`` rows from before the call and ``new`` rows of it."""
         d, f = self.decoder.model.d_model, self.decoder.model.d_ff
@@ -248,8 +276,8 @@ def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
         ConfigError: settings that cannot be.
     """
     ttt = _checked(model, settings)
-    decoder = Decoder(model=model, kv=settings.kv, batch=scenario.batch, dtype=scenario.dtype)
-    mlp = InPlaceMlp(decoder=decoder, ttt=ttt, from_empty=scenario.calls[0].position == 0)
+    decoder = Decoder.of(model, settings.kv, scenario)
+    mlp = InPlaceMlp(decoder=decoder, ttt=ttt, from_empty=scenario.from_empty)
     names = [f"layers.{layer}.{name}" for name, _ in mlp.weights for layer in mlp.layers]
     meta = {
         "model": model.name,

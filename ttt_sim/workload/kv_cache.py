@@ -17,7 +17,7 @@ DEFAULT_QUANTISED_DTYPE = "int4"
 
 def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
     """Ops F0 to F16 with every weight frozen."""
-    decoder = Decoder(model=model, kv=settings.kv, batch=scenario.batch, dtype=scenario.dtype)
+    decoder = Decoder.of(model, settings.kv, scenario)
     meta: dict[str, object] = {
         "model": model.name,
         "method": settings.name,

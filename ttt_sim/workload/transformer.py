@@ -16,10 +16,10 @@ import numpy as np
 from ttt_sim.data_files import did_you_mean
 from ttt_sim.dtypes import DTYPES, tensor_bytes
 from ttt_sim.errors import ConfigError, WorkloadError
-from ttt_sim.model import Call, KVSettings, Model, Scenario
+from ttt_sim.model import ONE_CHIP, Call, KVSettings, Model, Parallel, Scenario, stage_starts
 from ttt_sim.ops import IntArray, Phase, Role, Trace
 from ttt_sim.workload.attention import check_kv, declare_kv, emit_attention
-from ttt_sim.workload.builder import Read, Run, Segment, TraceBuilder
+from ttt_sim.workload.builder import Read, Run, Segment, TraceBuilder, Write
 
 
 class OtherMlp(Protocol):
@@ -44,12 +44,26 @@ class OtherMlp(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """The model as ``batch`` sequences in lockstep run it; ``dtype`` of weights and activations."""
+    """The model as ``batch`` sequences in lockstep run it; ``dtype`` of weights and activations.
+
+    Of a model that several chips share, ``model`` is what one of them holds (:func:`ttt_sim.model.shard`).
+    """
 
     model: Model
     kv: KVSettings
     batch: int
     dtype: str
+    parallel: Parallel = ONE_CHIP
+
+    @staticmethod
+    def of(model: Model, kv: KVSettings, scenario: Scenario) -> Decoder:
+        """The decoder that runs ``scenario``."""
+        return Decoder(model=model, kv=kv, batch=scenario.batch, dtype=scenario.dtype, parallel=scenario.parallel)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Layers before which activations move to other chips; the number of layers stands for the head."""
+        return stage_starts(self.model, self.parallel.pp)
 
     def size(self, *shape: int) -> int:
         """Bytes of a tensor in the model's format."""
@@ -87,13 +101,36 @@ class Decoder:
     def emit_start(self, s: Segment) -> None:
         """F0. Token ids are too small to count."""
         rows, d = self.batch * s.run.tokens, self.model.d_model
-        size = self.size(rows, d)
-        s.op("embedding", reads=[("embedding.weight", size)], writes=[("first", size)], dtype=self.dtype, m=rows, n=d)
+        size, shape = self.size(rows, d), (self.batch, s.run.tokens, d)
+        first: Write = ("first", size)
+        sent = s.buffer("embedding_sent", shape, self.dtype) if 0 in self.stages else first
+        looked_up = s.buffer("embedding_part", shape, self.dtype) if self.parallel.tp > 1 else sent
+        s.op("embedding", reads=[("embedding.weight", size)], writes=[looked_up], dtype=self.dtype, m=rows, n=d)
+        if self.parallel.tp > 1:  # a row is on one chip, the others add zeros
+            self.emit_sum(s, [looked_up], sent)
+        if 0 in self.stages:
+            self.emit_send(s, sent, first)
 
-    def emit_layer(self, s: Segment, other: OtherMlp | None) -> None:
-        """F1 to F15 of one layer, with the plain MLP or ``other``."""
+    def emit_sum(self, s: Segment, parts: Sequence[Read], total: Write) -> None:
+        """P1: what the chips of a tensor-parallel group have of the same rows becomes its sum on all of them."""
+        rows = self.batch * s.run.tokens
+        s.op(
+            "allreduce", reads=parts, writes=[total], dtype=self.dtype, m=rows * self.model.d_model, n=1,
+            heads=self.parallel.tp,
+        )  # fmt: skip
+
+    def emit_send(self, s: Segment, sent: Read, received: Write) -> None:
+        """P3: the residual stream moves to the chips of the next stage."""
+        rows = self.batch * s.run.tokens
+        s.op(
+            "stage_send", reads=[sent], writes=[received], dtype=self.dtype, m=rows * self.model.d_model, n=1, heads=2,
+            kv_heads=self.parallel.chips,
+        )  # fmt: skip
+
+    def emit_layer(self, s: Segment, other: OtherMlp | None, *, sends: bool = False) -> None:
+        """F1 to F15 of one layer, with the plain MLP or ``other``; ``sends``: the next layer is on other chips."""
         rows, d, f = self.batch * s.run.tokens, self.model.d_model, self.model.d_ff
-        emit_attention(s, self.model, self.kv, self.batch, self.dtype)
+        emit_attention(s, self.model, self.kv, self.batch, self.dtype, self.parallel)
         stream: Read = ("attended", self.size(rows, d))
         normed = s.buffer("mlp_normed", (self.batch, s.run.tokens, d), self.dtype)
         s.op(
@@ -111,10 +148,16 @@ class Decoder:
             added = [down]
         else:
             added = other.emit_layer(s)
-        s.op(
-            "mlp_residual", reads=[stream, *added], writes=[("layer_output", self.size(rows, d))],
-            dtype=self.dtype, m=rows, n=d,
-        )  # fmt: skip
+        shape = (self.batch, s.run.tokens, d)
+        if self.parallel.tp > 1:
+            total = s.buffer("mlp_summed", shape, self.dtype)
+            self.emit_sum(s, added, total)
+            added = [total]
+        output: Write = ("layer_output", self.size(rows, d))
+        written = s.buffer("layer_sent", shape, self.dtype) if sends else output
+        s.op("mlp_residual", reads=[stream, *added], writes=[written], dtype=self.dtype, m=rows, n=d)
+        if sends:
+            self.emit_send(s, written, output)
 
     def emit_hidden(self, s: Segment, tokens: int, inputs: Sequence[Read], phase: Phase) -> None:
         """F11 to F13 on ``tokens`` rows of every sequence, which ``inputs`` hold together; writes ``hidden``."""
@@ -146,6 +189,13 @@ class Decoder:
             "lm_head", reads=[row, (head, self.size(model.vocab_size, d))], writes=[logits],
             dtype=self.dtype, m=self.batch, n=model.vocab_size, k=d,
         )  # fmt: skip
+        if self.parallel.tp > 1:
+            ranks = self.parallel.tp
+            gathered = s.buffer("all_logits", (self.batch, ranks * model.vocab_size), self.dtype)
+            s.op(
+                "allgather", reads=[logits], writes=[gathered], dtype=self.dtype, m=self.batch * model.vocab_size, n=1,
+                heads=ranks,
+            )  # fmt: skip
 
 
 def decoder_trace(
@@ -171,10 +221,12 @@ def decoder_trace(
         decoder.emit_start(start)
         by_layer: dict[int, Segment] = {}
         for layers, mlp in ((plain, None), (special, other)):
-            if layers:
-                segment = Segment(builder, run, layers)
-                decoder.emit_layer(segment, mlp)
-                by_layer |= dict.fromkeys(layers, segment)
+            for sends in (False, True):
+                chosen = tuple(layer for layer in layers if (layer + 1 in decoder.stages) == sends)
+                if chosen:
+                    segment = Segment(builder, run, chosen)
+                    decoder.emit_layer(segment, mlp, sends=sends)
+                    by_layer |= dict.fromkeys(chosen, segment)
         decoder.emit_end(end)
         if other is not None:
             other.emit_end(end)
