@@ -189,8 +189,8 @@ def test_vector_work_needs_a_vector_unit():
 
 
 def test_execution_style_without_a_mapper():
-    with pytest.raises(ConfigError, match=r"execution style .static_dataflow. cannot be simulated.*tile_wave"):
-        lower(residual_trace(), chip("tiny_dataflow"))
+    with pytest.raises(ConfigError, match=r"execution style .event_driven. cannot be simulated.*tile_wave"):
+        lower(residual_trace(), chip("tiny_gpu", execution="event_driven"))
 
 
 def test_detail_has_a_least_value():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ttt_sim.chip import Chip
 from ttt_sim.errors import ConfigError
-from ttt_sim.lower import systolic, tile_wave
+from ttt_sim.lower import static_dataflow, systolic, tile_wave
 from ttt_sim.lower.emit import emit
 from ttt_sim.lower.kernels import Kernels, form_kernels
 from ttt_sim.lower.traffic import Traffic, resolve_traffic
@@ -21,7 +21,11 @@ DEFAULT_DETAIL = 16
 Mapper = Callable[[Trace, Chip, Kernels, Traffic], KernelWork]
 
 #: One mapper per execution style of a chip file.
-MAPPERS: Mapping[str, Mapper] = {"tile_wave": tile_wave.map_kernels, "systolic": systolic.map_kernels}
+MAPPERS: Mapping[str, Mapper] = {
+    "tile_wave": tile_wave.map_kernels,
+    "systolic": systolic.map_kernels,
+    "static_dataflow": static_dataflow.map_kernels,
+}
 
 
 def find_mapper(chip: Chip) -> Mapper:

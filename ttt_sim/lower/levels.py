@@ -35,6 +35,16 @@ def no_work(trace: Trace, kernels: Kernels) -> Work:
     return work | {f"op_{name}": np.zeros(trace.n_ops, dtype=np.int64) for name in OpTiles.__slots__}
 
 
+def refuse_scans(trace: Trace, chip: Chip, machine: str) -> None:
+    """Raise :class:`UnsupportedError` if the trace has recurrent scans; ``machine`` has no rule for them."""
+    scans = np.flatnonzero(op_classes(trace) == int(OpClass.SCAN))
+    if scans.size:
+        kind = OP_KINDS[int(trace.kind[scans[0]])].name
+        raise UnsupportedError(
+            f"{chip.name}: the workload has recurrent scans ({kind}), which {machine} have no rule for"
+        )
+
+
 def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: Work) -> KernelWork:
     """All levels of every kernel, from its tiled ops (``work``) and what every chip charges in the same way.
 
@@ -289,6 +299,7 @@ def _add(work: Work, kernel: IntArray, shape: IntArray, chosen: Sequence[TileWor
         ("matrix", [t.matrix_cycles for t in chosen]),
         ("steps", [t.steps for t in chosen]),
         ("extra", [t.extra_cycles for t in chosen]),
+        ("link", [t.link_cycles for t in chosen]),
     ):
         np.add.at(work[column], kernel, np.array(values, dtype=np.int64)[shape])
     largest = np.argsort(np.array([t.matrix_cycles for t in chosen], dtype=np.int64)[shape], kind="stable")

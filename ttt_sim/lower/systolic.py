@@ -16,11 +16,11 @@ from ttt_sim.chip import Chip
 from ttt_sim.dtypes import DTYPE_BITS
 from ttt_sim.errors import UnsupportedError
 from ttt_sim.lower.kernels import Kernels
-from ttt_sim.lower.levels import add_attention, add_products, finish, no_work
+from ttt_sim.lower.levels import Work, add_attention, add_products, finish, no_work, refuse_scans
 from ttt_sim.lower.tiles import AttentionWork, TileWork, ceil_float, product_rate, visible_keys, visited_blocks
 from ttt_sim.lower.traffic import Traffic
 from ttt_sim.lower.work import KernelWork
-from ttt_sim.ops import OP_KINDS, OpClass, Trace, op_classes
+from ttt_sim.ops import OP_KINDS, Trace
 from ttt_sim.units import ceil_div
 
 #: Products over the tokens of a chunk, or of its delta: both operands lie as the forward products use them, one row per
@@ -37,13 +37,14 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     """
     if not chip.has_unit("matrix") or chip.unit("matrix").dataflow != "weight_stationary":
         raise UnsupportedError(f"{chip.name}: execution systolic needs a matrix unit of dataflow weight_stationary")
-    scans = np.flatnonzero(op_classes(trace) == int(OpClass.SCAN))
-    if scans.size:
-        kind = OP_KINDS[int(trace.kind[scans[0]])].name
-        raise UnsupportedError(
-            f"{chip.name}: the workload has recurrent scans ({kind}), which systolic arrays have no rule for"
-        )
+    refuse_scans(trace, chip, "systolic arrays")
     work = no_work(trace, kernels)
+    add_array_work(trace, chip, kernels, work)
+    return finish(trace, chip, kernels, traffic, work)
+
+
+def add_array_work(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> None:
+    """Add all products and attention cores of ``trace``, on weight-stationary arrays."""
 
     def choose(m: int, n: int, k: int, batch: int, dtype: str, turned: int) -> TileWork:
         return product(chip, m=m, n=n, k=k, batch=batch, dtype=dtype, turned=bool(turned))
@@ -51,7 +52,6 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     turned = np.array([kind.name in TURNED for kind in OP_KINDS], dtype=np.int64)[trace.kind]
     add_products(trace, kernels, work, turned, choose)
     add_attention(trace, chip, kernels, work, attention)
-    return finish(trace, chip, kernels, traffic, work)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,7 +42,7 @@ class TileWork:
     ``waves`` rounds over the cores, rounded up; ``steps`` pipeline steps that the whole op takes on the chip;
     ``matrix_cycles`` of the matrix units together, padding and idle cores included; ``core_bytes`` move inside the
     cores' scratchpads; ``extra_cycles``: kernels around it (adding the parts of a split reduction or joining those of
-    split keys, regrouping queries).
+    split keys, regrouping queries), or hops between cores; ``link_cycles`` of the network between the cores.
     """
 
     tile: tuple[int, int]
@@ -55,6 +55,7 @@ class TileWork:
     cache_bytes: int
     core_bytes: int
     extra_cycles: int = 0
+    link_cycles: int = 0
     splits_rows: bool = False
 
     @property
