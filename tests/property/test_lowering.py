@@ -68,11 +68,31 @@ def scenarios(draw) -> Scenario:
 
 
 BASES = (load_chip("tiny_gpu"), load_chip("tiny_turnaround"), load_chip("tiny_systolic"))
+SPATIAL = load_chip("tiny_spatial")
+
+
+@st.composite
+def spatial_chips(draw) -> Chip:
+    """Arrays of one to a thousand cores, with any network between them or none, and a buffer that all of them share."""
+    main, scratchpad = SPATIAL.memories
+    rows, cols, depth = draw(st.sampled_from([(8, 8, 8), (1, 8, 1), (4, 16, 2), (32, 32, 1)]))
+    grid = replace(
+        SPATIAL.unit("matrix"), rows=rows, cols=cols, depth=depth, count=draw(st.sampled_from([0, 1, 3])),
+        dataflow=draw(st.sampled_from(["output_stationary", "weight_stationary"])),
+    )  # fmt: skip
+    topology = draw(st.sampled_from(["mesh", "torus", "ring", "switch", "point_to_point", None]))
+    links = () if topology is None else (replace(SPATIAL.links[0], topology=topology),)
+    return replace(
+        SPATIAL, cores=draw(st.sampled_from([1, 5, 16, 1000])), links=links,
+        units=tuple(grid if unit.kind == "matrix" else unit for unit in SPATIAL.units),
+        memories=(main, replace(main, name="buffer"), scratchpad),
+        mapping=replace(SPATIAL.mapping, max_split_k=draw(st.sampled_from([1, 16]))),
+    )  # fmt: skip
 
 
 @st.composite
 def chips(draw) -> Chip:
-    base = draw(st.sampled_from(BASES))
+    base = draw(st.one_of(st.sampled_from(BASES), spatial_chips()))
     main, cache, *inner = base.memories
     main = replace(main, latency_s=draw(st.sampled_from([0.0, 20e-9])))
     if draw(st.booleans()):  # ports of their own

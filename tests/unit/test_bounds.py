@@ -113,6 +113,16 @@ def test_roofline_by_hand():
     assert roofline_cycles(product, lossy, lower(product, lossy))["tensor_core"] == 2 * 64**3 / 1024
 
 
+def test_roofline_of_an_array_whose_main_memory_is_sram(engine):
+    # 16 KiB out at 1024 bytes a cycle, 8 KiB in at 512; 2048 FLOPs a cycle
+    trace, spatial = gemm_trace(64, 64, 64), chip("tiny_spatial")
+    lowered = lower(trace, spatial)
+    assert roofline_cycles(trace, spatial, lowered) == {"sram": 16, "grid": 256}
+    timeline = run(lowered.program, engine)
+    check(trace, spatial, lowered, timeline)
+    assert timeline.total_cycles >= 256
+
+
 def test_busy_cycles_count_turn_around_and_row_misses(engine):
     lowered = lower(residual_trace(), chip("tiny_turnaround"))
     busy = dict(
