@@ -1,8 +1,8 @@
 """Products, attention and hops on spatial arrays, worked out by hand.
 
-tiny_spatial: a 4 x 4 mesh of cores. A pass of 8 x 8 x 8 takes 8 cycles (its 256 bytes leave the scratchpad in 4), 4 more to
-fill and drain; the network carries 32 bytes a cycle into each core, 512 in all, and a hop takes 2 cycles; 4 vector lanes
-a core. The main memory is SRAM: 1024 bytes a cycle out of it, 512 into it.
+tiny_spatial: a 4 x 4 mesh of cores. A pass of 8 x 8 x 8 takes 8 cycles (its 256 bytes leave the scratchpad in 4), and a
+part 4 more to fill and drain; the network carries 32 bytes a cycle into each core, 512 in all, and a hop takes 2
+cycles; a core has 4 vector lanes. The main memory is SRAM: 1024 bytes a cycle out of it, 512 into it.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ def test_all_cores_of_an_odd_number_are_used():
 
 def test_keys_of_a_single_query_are_split_over_cores_and_combined():
     # Two heads share a KV head: one tile of two rows. 64 keys are 8 blocks of 8, of 2 passes for the scores and 2 for
-    # the values: 32 cycles. One block on each of 8 cores: 4 + 32; queries out and sums back, 2 * 4 hops: 16. Each part but
-    # the first gets 64 bytes of queries and sends 2 * (16 + 2) values of 4 bytes: 7 * 208 bytes at 256 a cycle.
+    # the values: 32 cycles. One block on each of 8 cores: 4 + 32; queries out and sums back, 2 * 4 hops: 16. Each part
+    # but the first gets 64 bytes of queries and sends 2 * (16 + 2) values of 4 bytes: 7 * 208 bytes at 256 a cycle.
     work = attend(1, 64, heads=2)
     assert (work.tile, work.split, work.depth, work.items) == ((2, 8), 8, 8, 8)
     assert (work.matrix_cycles, work.extra_cycles, work.link_cycles) == (36, 16, 6)
