@@ -9,7 +9,7 @@ from ttt_sim.dtypes import DTYPES
 from ttt_sim.errors import ConservationError
 from ttt_sim.lower import Lowered
 from ttt_sim.lower.tiles import product_rate
-from ttt_sim.lower.traffic import CACHED, FUSED, MAIN, SHARED
+from ttt_sim.lower.traffic import CACHED, FUSED, IN_PLACE, MAIN, SHARED
 from ttt_sim.ops import IntArray, OpClass, Trace, op_classes, total_by
 from ttt_sim.program import READ, WRITE, Program, Timeline
 
@@ -23,7 +23,7 @@ def roofline_cycles(trace: Trace, chip: Chip, lowered: Lowered) -> dict[str, flo
     read = float(work.main_read_bytes.sum()) / (main.read_bytes_per_s / chip.clock_hz)
     write = float(work.main_write_bytes.sum()) / (main.write_bytes_per_s / chip.clock_hz)
     bounds = {main.name: read + write if main.shared_bus else max(read, write)}
-    tiled = np.isin(op_classes(trace), [int(OpClass.MATMUL), int(OpClass.ATTENTION)])
+    tiled = np.isin(op_classes(trace), [int(OpClass.MATMUL), int(OpClass.ATTENTION)]) & ~work.on_lanes
     matrix = 0.0
     for code in np.unique(trace.dtype[tiled]):
         flops = int(trace.flops[tiled & (trace.dtype == code)].sum())
@@ -52,16 +52,19 @@ def check(trace: Trace, chip: Chip, lowered: Lowered, timeline: Timeline) -> Non
             raise ConservationError(f"{what}: {have} in the program, {want} in the trace (difference {have - want})")
 
     places = lowered.traffic.read_place
-    skipped = sum(int(trace.read_bytes[places == place].sum()) for place in (CACHED, FUSED, SHARED))
+    skipped = sum(int(trace.read_bytes[places == place].sum()) for place in (CACHED, FUSED, SHARED, IN_PLACE))
     skipped += int(lowered.traffic.read_hit_bytes.sum())
     units = np.array([name.split(".")[0] == chip.main_memory.name for name in program.unit_names], dtype=np.bool_)
     on_main = units[program.unit]
     reads = int(program.nbytes[on_main & (program.kind == READ)].sum())
-    equal("bytes read from main memory", reads, int(trace.read_bytes.sum()) - skipped + int(work.restream_bytes.sum()))
+    padding = int(lowered.traffic.padding_bytes.sum())
+    again = int(work.restream_bytes.sum()) + padding
+    equal("bytes read from main memory", reads, int(trace.read_bytes.sum()) - skipped + again)
     writes = int(program.nbytes[on_main & (program.kind == WRITE)].sum())
     kept = int(trace.write_bytes[lowered.traffic.write_place != MAIN].sum())
     kept += int(lowered.traffic.write_hit_bytes.sum())
-    equal("bytes written to main memory", writes, int(trace.write_bytes.sum()) - kept)
+    extra = int(work.staged_bytes.sum()) + padding
+    equal("bytes written to main memory", writes, int(trace.write_bytes.sum()) - kept + extra)
     equal("FLOPs", int(program.flops.sum()), int(trace.flops.sum()))
 
     total = timeline.total_cycles

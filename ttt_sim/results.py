@@ -159,6 +159,13 @@ class Result:
             np.add.at(table, (classes[tensor[main]], step[main]), nbytes[main])
             for i, name in enumerate(TRAFFIC_CLASSES):
                 out[direction, name] = table[i]
+        # What a memory replaces beside a small write is read and written.
+        padding, written = traffic.padding_bytes, classes[trace.write_tensor]
+        padded = np.zeros((len(TRAFFIC_CLASSES), n_steps), dtype=np.int64)
+        np.add.at(padded, (written, trace.step[owners(trace.write_ptr)]), padding)
+        for i, name in enumerate(TRAFFIC_CLASSES):
+            out["read", name] += padded[i]
+            out["write", name] += padded[i]
         lead_step = trace.step[self.lowered.kernels.lead]
         # What is read again: keys and values by attention, rows by norms and softmax.
         again = self.lowered.work.restream_bytes
@@ -166,6 +173,7 @@ class Result:
         attends[self.lowered.kernels.of_op[op_classes(trace) == int(OpClass.ATTENTION)]] = True
         np.add.at(out["read", "kv"], lead_step, np.where(attends, again, 0))
         np.add.at(out["read", "activations"], lead_step, np.where(attends, 0, again))
+        np.add.at(out["write", "activations"], lead_step, self.lowered.work.staged_bytes)
         return out
 
     def dynamic_energy_j(self) -> dict[str, FloatArray]:
@@ -188,7 +196,7 @@ class Result:
         if chip.has_unit("matrix"):
             unit = chip.unit("matrix")
             energy = np.zeros(n_steps, dtype=np.float64)
-            multiplied = op_classes(trace) != int(OpClass.VECTOR)
+            multiplied = (op_classes(trace) != int(OpClass.VECTOR)) & ~work.on_lanes
             for code in np.unique(trace.dtype):
                 chosen = (trace.dtype == code) & multiplied
                 flops = total_by(trace.step[chosen], trace.flops[chosen], n_steps)
@@ -264,6 +272,9 @@ class Result:
         main_read = total_by(read[from_main], missed[from_main], trace.n_ops)
         main_write = total_by(write[to_main], stored[to_main], trace.n_ops)
         main_read[kernels.lead] += work.restream_bytes
+        main_write[kernels.lead] += work.staged_bytes
+        padding = total_by(write, traffic.padding_bytes, trace.n_ops)
+        main_read, main_write = main_read + padding, main_write + padding
         at_lead = {
             "cache_bytes": work.cache_bytes, "core_bytes": work.core_bytes, "advance_cycles": self.kernel_advance(),
             "launch_cycles": work.launch_cycles, "busy_cycles": busiest,
@@ -299,9 +310,11 @@ class Result:
             if level is not None and level is not main:
                 energy = energy + frame[column] * _energy_per_byte(level)
         lanes, special = lane_ops(trace)
+        on_lanes = self.lowered.work.on_lanes
+        lanes = lanes + np.where(on_lanes, trace.flops // 2, 0)
         if chip.has_unit("matrix"):
             per_flop = np.array([_energy_per_op(chip.unit("matrix"), dtype) for dtype in DTYPES])
-            multiplied = op_classes(trace) != int(OpClass.VECTOR)
+            multiplied = (op_classes(trace) != int(OpClass.VECTOR)) & ~on_lanes
             energy = energy + np.where(multiplied, trace.flops, 0) * per_flop[trace.dtype]
         if chip.has_unit("vector"):
             energy = energy + lanes * _energy_per_op(chip.unit("vector"), "fp32")

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from ttt_sim.chip import Chip
 from ttt_sim.errors import ConfigError
-from ttt_sim.lower import static_dataflow, systolic, tile_wave
+from ttt_sim.lower import in_memory, static_dataflow, systolic, tile_wave
 from ttt_sim.lower.emit import emit
 from ttt_sim.lower.kernels import Kernels, form_kernels
 from ttt_sim.lower.traffic import Traffic, resolve_traffic
 from ttt_sim.lower.work import KernelWork
+from ttt_sim.lower.writes import check_mode
 from ttt_sim.ops import Trace, dependencies
 from ttt_sim.program import Program
 
@@ -25,6 +26,8 @@ MAPPERS: Mapping[str, Mapper] = {
     "tile_wave": tile_wave.map_kernels,
     "systolic": systolic.map_kernels,
     "static_dataflow": static_dataflow.map_kernels,
+    "in_memory": in_memory.map_kernels,
+    "event_driven": in_memory.map_kernels,
 }
 
 
@@ -55,11 +58,13 @@ def lower(trace: Trace, chip: Chip, *, detail: int = DEFAULT_DETAIL, overlap: bo
 
     Raises:
         ConfigError: the chip cannot run the trace (execution style, units or dtypes).
+        UnsupportedError: the chip lacks a property that the trace needs.
         CapacityError: a tile or a pinned tensor does not fit on chip.
     """
     if detail < DEFAULT_DETAIL:
         raise ConfigError(f"detail is {detail}, expected at least {DEFAULT_DETAIL}")
     mapper = find_mapper(chip)
+    check_mode(trace, chip)
     kernels = form_kernels(trace, chip, dependencies(trace), overlap=overlap)
     traffic = resolve_traffic(trace, chip, kernels)
     work = mapper(trace, chip, kernels, traffic)

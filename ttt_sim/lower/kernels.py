@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ttt_sim.chip import Chip, Fusion
+from ttt_sim.lower.writes import writes_fast_weight
 from ttt_sim.ops import (
     BESIDE,
     KIND,
@@ -23,7 +24,6 @@ from ttt_sim.ops import (
     Hazard,
     IntArray,
     OpClass,
-    Role,
     Trace,
     is_update,
     op_classes,
@@ -113,17 +113,18 @@ def form_kernels(trace: Trace, chip: Chip, dependencies: Dependencies, *, overla
 
     Transfers that need not be waited for where they stand (:data:`ttt_sim.ops.BESIDE`) have a stream of their own.
     ``overlap`` False puts updates into the forward stream, in program order: nothing runs beside them. The same
-    happens on a chip whose weights cannot be written while others are read. A chip with a shadow bank writes a new
-    version beside the old one, so write-after-read order does not bind there.
+    happens on a chip whose weights cannot be written while others are read, or only through the host. A chip with a
+    shadow bank writes a new version beside the old one, so write-after-read order does not bind there.
     """
     n_ops = trace.n_ops
-    separate = overlap and chip.writability.overlap
+    reuploads = chip.writability.mode == "reupload"
+    separate = overlap and chip.writability.overlap and not reuploads
     stream = np.where(is_update(trace) & separate, UPDATE_STREAM, FORWARD_STREAM).astype(np.int64)
     stream[np.isin(trace.kind, [KIND[name] for name in BESIDE])] = TRANSFER_STREAM
     waiting = owners(dependencies.ptr)
     needed = dependencies.idx
     if chip.writability.shadow_bank:
-        keep = ~((dependencies.hazard == int(Hazard.WAR)) & _writes_fast_weight(trace)[waiting])
+        keep = ~((dependencies.hazard == int(Hazard.WAR)) & writes_fast_weight(trace)[waiting])
         waiting, needed = waiting[keep], needed[keep]
 
     starts = _kernel_starts(trace, chip.mapping.fusion, stream, waiting, needed)
@@ -145,17 +146,13 @@ def form_kernels(trace: Trace, chip: Chip, dependencies: Dependencies, *, overla
         before[members[1:]] = members[:-1]
 
     pairs = of_op[waiting] * n + of_op[needed]
+    if reuploads:  # the chip is drained before and does nothing else meanwhile
+        alone = np.unique(of_op[writes_fast_weight(trace)])
+        between = np.concatenate([alone[alone > 0], alone[alone < n - 1] + 1])
+        pairs = np.concatenate([pairs, between * n + between - 1])
     pairs = np.unique(pairs[of_op[waiting] != of_op[needed]])
     edges = np.stack([pairs // max(n, 1), pairs % max(n, 1)], axis=1)
     return Kernels(n=n, of_op=of_op, lead=lead, stream=kernel_stream, before=before, edges=edges)
-
-
-def _writes_fast_weight(trace: Trace) -> npt.NDArray[np.bool_]:
-    fast = np.array([tensor.role == Role.FAST_WEIGHT for tensor in trace.tensors], dtype=np.bool_)
-    owner = owners(trace.write_ptr)
-    flags = np.zeros(trace.n_ops, dtype=np.bool_)
-    flags[owner[fast[trace.write_tensor]]] = True
-    return flags
 
 
 def _kernel_starts(

@@ -16,22 +16,25 @@ from ttt_sim.lower.kernels import Kernels, sibling_group
 from ttt_sim.lower.tiles import AttentionWork, TileWork, flops_per_cycle
 from ttt_sim.lower.traffic import MAIN, Traffic, usable_cache_bytes
 from ttt_sim.lower.work import CACHE, LEVELS, LINK, MATRIX, READ, SPECIAL, VECTOR, WRITE, KernelWork, OpTiles
+from ttt_sim.lower.writes import reupload_cycles
 from ttt_sim.ops import KIND, OP_KINDS, IntArray, OpClass, Trace, lane_ops, op_classes, owners, total_by
 
 #: Bytes of operands that one core streams per pipeline step of a row-wise kernel.
 STREAM_STEP_BYTES = 16 * 1024
 
-#: Columns that a mapper adds to, by name: of length ``n_kernels``, and the tiles of ops (``op_``) of length ``n_ops``.
+#: Columns that a mapper adds to, by name: of length ``n_kernels``, and of length ``n_ops`` the tiles of ops (``op_``)
+#: and the products that run on vector lanes (``on_lanes``).
 Work = dict[str, IntArray]
 _COLUMNS = (
     "cache_bytes", "core_bytes", "matrix", "steps", "restream", "items", "waves", "split", "rows", "cols", "extra",
-    "link",
+    "link", "staged",
 )  # fmt: skip
 
 
 def no_work(trace: Trace, kernels: Kernels) -> Work:
     """Nothing done yet."""
     work = {name: np.zeros(kernels.n, dtype=np.int64) for name in _COLUMNS}
+    work["on_lanes"] = np.zeros(trace.n_ops, dtype=np.int64)
     return work | {f"op_{name}": np.zeros(trace.n_ops, dtype=np.int64) for name in OpTiles.__slots__}
 
 
@@ -68,14 +71,16 @@ def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: W
 
     work["restream"] += np.where(_rereads(trace, chip, kernels), traffic.main_read_bytes, 0)
     lanes, special_ops = (total_by(kernels.of_op, values, n) for values in lane_ops(trace))
+    lanes += total_by(kernels.of_op, np.where(work["on_lanes"] > 0, trace.flops // 2, 0), n)  # multiply-adds
     flops = total_by(kernels.of_op, trace.flops, n)
+    write_bytes = traffic.main_write_bytes + work["staged"]
     read_bytes = traffic.main_read_bytes + work["restream"]
     cycles = np.zeros((n, len(LEVELS)), dtype=np.int64)
     cycles[:, READ] = slower(transfer_cycles(chip, main, read_bytes, write=False), share)
-    cycles[:, WRITE] = slower(transfer_cycles(chip, main, traffic.main_write_bytes, write=True), share)
+    cycles[:, WRITE] = slower(transfer_cycles(chip, main, write_bytes, write=True), share)
     cycles[:, READ] += _transfer_starts(trace, chip, kernels, traffic.read_place, write=False)
     cycles[:, WRITE] += _transfer_starts(trace, chip, kernels, traffic.write_place, write=True)
-    cycles[:, LINK] = work["link"]
+    cycles[:, LINK] = work["link"] + reupload_cycles(trace, chip, kernels.of_op, n)
     if chip.cache is not None and chip.cache is not main:
         cycles[:, CACHE] = transfer_cycles(chip, chip.cache, work["cache_bytes"], write=False)
     cycles[:, MATRIX] = work["matrix"]
@@ -93,8 +98,9 @@ def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: W
         cycles=cycles,
         steps=steps,
         main_read_bytes=read_bytes,
-        main_write_bytes=traffic.main_write_bytes,
+        main_write_bytes=write_bytes,
         restream_bytes=work["restream"],
+        staged_bytes=work["staged"],
         cache_bytes=work["cache_bytes"],
         core_bytes=work["core_bytes"],
         flops=flops,
@@ -107,6 +113,7 @@ def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: W
         split=work["split"],
         items=work["items"],
         waves=work["waves"],
+        on_lanes=work["on_lanes"] > 0,
         op_tiles=OpTiles(**{name: work[f"op_{name}"] for name in OpTiles.__slots__}),
     )
 
@@ -256,9 +263,19 @@ def add_products(
     work["op_offset"][matmul] = before - before[new][merged]
 
 
-def add_attention(trace: Trace, chip: Chip, kernels: Kernels, work: Work, choose: Callable[..., AttentionWork]) -> None:
-    """Add the attention cores, each mapped by ``choose`` (see :func:`ttt_sim.lower.tiles.attention`)."""
-    core = np.flatnonzero(op_classes(trace) == int(OpClass.ATTENTION))
+def add_attention(
+    trace: Trace,
+    chip: Chip,
+    kernels: Kernels,
+    work: Work,
+    choose: Callable[..., AttentionWork],
+    *,
+    among: npt.NDArray[np.bool_] | None = None,
+) -> None:
+    """Add the attention cores (``among`` (n_ops,): of these ops), each mapped by ``choose`` (see
+    :func:`ttt_sim.lower.tiles.attention`)."""
+    chosen = op_classes(trace) == int(OpClass.ATTENTION)
+    core = np.flatnonzero(chosen if among is None else chosen & among)
     if not core.size:
         return
     usable = usable_cache_bytes(trace, chip)

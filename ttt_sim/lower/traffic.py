@@ -1,12 +1,13 @@
 """Which operands really travel, and between which levels.
 
-The trace lists compulsory unfused traffic. Three things change it:
+The trace lists compulsory unfused traffic. Four things change it:
 
 * *fusion*: a value made and used inside one kernel stays in registers;
 * *sharing*: a kernel that uses one operand in several ops reads it once;
 * *reuse*: a value that was touched recently enough is still in the cache that all cores share. "Recently enough" is a
   reuse distance of at most ``cache_frac`` of the cache: all bytes that the kernels in between moved, plus its own bytes
-  or those that the kernel which touched it last wrote, whichever are more.
+  or those that the kernel which touched it last wrote, whichever are more;
+* *computing in memory*: what is used where it is stored does not travel (:mod:`ttt_sim.lower.placement`).
 
 A write is dropped only when nobody can miss it: all its readers found it in the cache and it is dead or overwritten
 there. Every operand of the trace lands in exactly one class, so the classes add up to the trace's own bytes.
@@ -23,11 +24,13 @@ import numpy.typing as npt
 from ttt_sim.chip import Chip
 from ttt_sim.errors import CapacityError
 from ttt_sim.lower.kernels import Kernels
+from ttt_sim.lower.placement import pinned_names, place
+from ttt_sim.lower.writes import padding_bytes, reupload_cycles
 from ttt_sim.ops import TEMPORARY_ROLES, IntArray, Role, Trace, owners, total_by, version_slots
 from ttt_sim.units import format_bytes
 
 #: Where an operand of the trace comes from or goes to.
-MAIN, CACHED, FUSED, SHARED = range(4)
+MAIN, CACHED, FUSED, SHARED, IN_PLACE = range(5)
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -39,6 +42,8 @@ class Traffic:
     ``main_read_bytes, main_write_bytes`` (n_kernels,) what crosses the main memory before re-streaming;
     ``on_chip_bytes`` (n_kernels,) operand bytes that kernels exchange with the shared cache, whatever their class.
     ``needs_main`` (n_kernels,) the kernel loads from main memory what another kernel of the trace made.
+    ``padding_bytes`` (n_write_entries,) read and written again beside each write, because the memory replaces more at
+    once; in the sums above.
     ``read_hit_bytes, write_hit_bytes`` (n_entries,) bytes of class MAIN that are in the cache from an earlier round of
     a loop around the trace (see :func:`hit_share`).
     """
@@ -49,6 +54,7 @@ class Traffic:
     main_write_bytes: IntArray
     on_chip_bytes: IntArray
     needs_main: BoolArray
+    padding_bytes: IntArray
     read_hit_bytes: IntArray
     write_hit_bytes: IntArray
 
@@ -79,20 +85,15 @@ def usable_cache_bytes(trace: Trace, chip: Chip) -> int:
 
 def pinned_bytes(trace: Trace) -> int:
     """Bytes of the tensors that the workload wants kept on chip."""
-    names = set(_pinned_names(trace))
+    names = set(pinned_names(trace))
     return sum(tensor.nbytes for tensor in trace.tensors if tensor.name in names) if names else 0
-
-
-def _pinned_names(trace: Trace) -> tuple[str, ...]:
-    names = trace.meta.get("pinned", ())
-    return tuple(str(name) for name in names) if isinstance(names, (list, tuple)) else ()
 
 
 def resolve_traffic(trace: Trace, chip: Chip, kernels: Kernels) -> Traffic:
     """Classify every operand of ``trace``; see the module text."""
     usable = usable_cache_bytes(trace, chip)
-    pinned_names = set(_pinned_names(trace))
-    pinned = np.array([tensor.name in pinned_names for tensor in trace.tensors], dtype=np.bool_)
+    pinned_tensors = set(pinned_names(trace))
+    pinned = np.array([tensor.name in pinned_tensors for tensor in trace.tensors], dtype=np.bool_)
     role = np.array([int(tensor.role) for tensor in trace.tensors], dtype=np.int64)
     in_place = np.array([tensor.in_place for tensor in trace.tensors], dtype=np.bool_)
 
@@ -111,6 +112,8 @@ def resolve_traffic(trace: Trace, chip: Chip, kernels: Kernels) -> Traffic:
     fused = producer == read_kernel
     read_place[fused] = FUSED
     read_place[~fused & _repeated(read_kernel, read_slot, trace.read_bytes, ~fused)] = SHARED
+
+    read_place[place(trace, chip).in_place & (read_place != SHARED) & ~pinned[trace.read_tensor]] = IN_PLACE
 
     # Reuse distance in bytes, from the kernels' own operand traffic.
     wanted = read_place == MAIN
@@ -138,17 +141,21 @@ def resolve_traffic(trace: Trace, chip: Chip, kernels: Kernels) -> Traffic:
     write_hit = np.where(write_place == MAIN, _part(trace.write_bytes, share[trace.write_tensor]), 0)
     main_read = per_kernel(read_kernel, trace.read_bytes - read_hit, read_place == MAIN)
     main_write = per_kernel(write_kernel, trace.write_bytes - write_hit, write_place == MAIN)
+    padding = np.where(write_place == MAIN, padding_bytes(trace, chip), 0)
+    replaced = total_by(write_kernel, padding, kernels.n)
     on_chip = per_kernel(read_kernel, trace.read_bytes, read_place <= CACHED)
     on_chip += per_kernel(write_kernel, trace.write_bytes, write_place <= CACHED)
     needs_main = np.zeros(kernels.n, dtype=np.bool_)
     needs_main[read_kernel[(read_place == MAIN) & made]] = True
+    needs_main |= np.r_[False, reupload_cycles(trace, chip, kernels.of_op, kernels.n)[:-1] > 0][: kernels.n]
     return Traffic(
         read_place=read_place,
         write_place=write_place,
-        main_read_bytes=main_read,
-        main_write_bytes=main_write,
+        main_read_bytes=main_read + replaced,
+        main_write_bytes=main_write + replaced,
         on_chip_bytes=on_chip,
         needs_main=needs_main,
+        padding_bytes=padding,
         read_hit_bytes=read_hit,
         write_hit_bytes=write_hit,
     )
@@ -253,7 +260,7 @@ def _write_places(
     """Class of each write: FUSED if only its own kernel reads it, CACHED if it never needs main memory, else MAIN."""
     n = write_slot.size
     readers = np.bincount(writer[writer >= 0], minlength=n)
-    missed = np.bincount(writer[(writer >= 0) & (read_place == MAIN)], minlength=n)
+    missed = np.bincount(writer[(writer >= 0) & np.isin(read_place, [MAIN, IN_PLACE])], minlength=n)
     outside = np.bincount(writer[(writer >= 0) & (read_place != FUSED)], minlength=n)
     temporary = np.isin(role[trace.write_tensor], [int(kept) for kept in TEMPORARY_ROLES])
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from ttt_sim.ops import IntArray
 
 #: Levels of a kernel in the order in which data passes them; the task chain of one pipeline step.
@@ -34,10 +37,12 @@ class KernelWork:
 
     ``cycles`` (n_kernels, 7) service per level, 0 where the level is not used; ``steps`` pipeline steps that the kernel
     takes (the head and the tail of the pipeline last one each); ``main_read_bytes, main_write_bytes`` with
-    re-streaming; ``restream_bytes`` of the reads, beyond one pass; ``cache_bytes`` through the shared cache;
+    re-streaming; ``restream_bytes`` of the reads, beyond one pass; ``staged_bytes`` of the writes, operands put into
+    arrays for one product; ``cache_bytes`` through the shared cache;
     ``core_bytes`` inside scratchpads; ``flops``; ``lane_ops`` without the special ones; ``special_ops``;
     ``launch_cycles`` before the kernel; ``row`` DRAM row that stands for its operands;
-    ``tile_rows, tile_cols, split, items, waves`` of its largest tiled op, 0 without one; ``op_tiles`` of every op.
+    ``tile_rows, tile_cols, split, items, waves`` of its largest tiled op, 0 without one; ``on_lanes``
+    (n_ops,) products that run on vector lanes; ``op_tiles`` of every op.
     """
 
     cycles: IntArray
@@ -45,6 +50,7 @@ class KernelWork:
     main_read_bytes: IntArray
     main_write_bytes: IntArray
     restream_bytes: IntArray
+    staged_bytes: IntArray
     cache_bytes: IntArray
     core_bytes: IntArray
     flops: IntArray
@@ -57,4 +63,5 @@ class KernelWork:
     split: IntArray
     items: IntArray
     waves: IntArray
+    on_lanes: npt.NDArray[np.bool_]
     op_tiles: OpTiles
