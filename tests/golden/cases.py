@@ -16,7 +16,10 @@ from ttt_sim.simulation import PHASES, Point
 from ttt_sim.workload import METHODS
 
 #: Chips on which ``toy`` runs with every method, at two contexts and two batches.
-THOROUGH = ("h100", "tiny_dataflow", "tiny_gpu", "tiny_spatial", "tiny_systolic", "tiny_turnaround")
+THOROUGH = (
+    "h100", "tiny_cim", "tiny_dataflow", "tiny_gpu", "tiny_neuro", "tiny_pcm", "tiny_spatial", "tiny_systolic",
+    "tiny_tiers", "tiny_turnaround",
+)  # fmt: skip
 
 
 def cases() -> dict[str, Point]:

@@ -17,7 +17,7 @@ from ttt_sim.errors import CapacityError
 from ttt_sim.grid import make_point
 from ttt_sim.lower import lower
 from ttt_sim.lower.kernels import UPDATE_STREAM
-from ttt_sim.lower.traffic import CACHED, FUSED, MAIN, SHARED
+from ttt_sim.lower.traffic import CACHED, FUSED, IN_PLACE, MAIN, SHARED
 from ttt_sim.lower.work import WRITE
 from ttt_sim.model import KVSettings, MethodSettings, Model, Scenario, TTTSettings
 from ttt_sim.ops import UPDATE_PHASES, Hazard, Role, Trace, dependencies, owners
@@ -67,7 +67,9 @@ def scenarios(draw) -> Scenario:
     return Scenario.decode(range(first, first + draw(st.integers(1, 12))), batch=batch)
 
 
-BASES = (load_chip("tiny_gpu"), load_chip("tiny_turnaround"), load_chip("tiny_systolic"))
+BASES = tuple(
+    load_chip(name) for name in ("tiny_gpu", "tiny_turnaround", "tiny_systolic", "tiny_cim", "tiny_pcm", "tiny_neuro")
+)
 SPATIAL = load_chip("tiny_spatial")
 
 
@@ -104,8 +106,14 @@ def chips(draw) -> Chip:
     )  # fmt: skip
     writability = replace(
         base.writability, shadow_bank=draw(st.booleans()), overlap=draw(st.sampled_from([True, True, False])),
-        transposed_read=draw(st.booleans()),
+        transposed_read=draw(st.booleans()), accumulate=draw(st.booleans()),
+        granularity=draw(st.sampled_from(["word", "row", "tile", "device"])),
     )  # fmt: skip
+    if base.writability.mode in ("free", "local_rule"):  # local rules would refuse clips
+        writability = replace(
+            writability, mode=draw(st.sampled_from(["free", "reupload"])), reupload_s=50e-9, reupload_bytes_per_s=4e9
+        )
+    main = replace(main, write_granularity_bytes=draw(st.sampled_from([1, 32, 4096])))
     main = replace(main, transfer_start_s=draw(st.sampled_from([0.0, 15e-9])))
     units = base.units
     if base.execution == "systolic":  # the rate stays, so other geometries stream a row in more or less than a cycle
@@ -113,6 +121,13 @@ def chips(draw) -> Chip:
         array = replace(
             base.unit("matrix"), rows=rows, cols=cols, issue_cycles=draw(st.sampled_from([1, 8, 70])),
             load_cycles=draw(st.sampled_from([0, 5, 64])), double_buffer=draw(st.booleans()),
+        )  # fmt: skip
+        units = tuple(array if unit.kind == "matrix" else unit for unit in units)
+    if base.unit("matrix").dataflow == "in_array":  # few or many tiles for each array
+        rows, cols = draw(st.sampled_from([(64, 64), (1, 16), (256, 8)]))
+        array = replace(
+            base.unit("matrix"), rows=rows, cols=cols, count=draw(st.sampled_from([1, 64])),
+            issue_cycles=draw(st.sampled_from([1, 16])),
         )  # fmt: skip
         units = tuple(array if unit.kind == "matrix" else unit for unit in units)
     overheads = replace(base.overheads, op_launch_s=draw(st.sampled_from([0.0, 30e-9])))
@@ -161,12 +176,13 @@ def test_laws_hold(engine, data):
 def test_bytes_and_flops_are_conserved(engine, data):
     case = data.draw(cases(engine))
     trace, lowered, program = case.trace, case.lowered, case.lowered.program
+    padding = lowered.traffic.padding_bytes.sum()
     for place, nbytes, main in (
         (lowered.traffic.read_place, trace.read_bytes, lowered.traffic.main_read_bytes),
         (lowered.traffic.write_place, trace.write_bytes, lowered.traffic.main_write_bytes),
     ):
-        assert sum(int(nbytes[place == code].sum()) for code in (MAIN, CACHED, FUSED, SHARED)) == nbytes.sum()
-        assert nbytes[place == MAIN].sum() == main.sum()
+        assert sum(int(nbytes[place == code].sum()) for code in (MAIN, CACHED, FUSED, SHARED, IN_PLACE)) == nbytes.sum()
+        assert nbytes[place == MAIN].sum() + padding == main.sum()
     flops = np.zeros(lowered.kernels.n, dtype=np.int64)
     np.add.at(flops, lowered.kernels.of_op, trace.flops)
     in_program = np.zeros(lowered.kernels.n, dtype=np.int64)

@@ -145,12 +145,12 @@ def form_kernels(trace: Trace, chip: Chip, dependencies: Dependencies, *, overla
         members = np.flatnonzero(kernel_stream == s)
         before[members[1:]] = members[:-1]
 
-    pairs = of_op[waiting] * n + of_op[needed]
+    pairs = (of_op[waiting] * n + of_op[needed])[of_op[waiting] != of_op[needed]]
     if reuploads:  # the chip is drained before and does nothing else meanwhile
         alone = np.unique(of_op[writes_fast_weight(trace)])
         between = np.concatenate([alone[alone > 0], alone[alone < n - 1] + 1])
         pairs = np.concatenate([pairs, between * n + between - 1])
-    pairs = np.unique(pairs[of_op[waiting] != of_op[needed]])
+    pairs = np.unique(pairs)
     edges = np.stack([pairs // max(n, 1), pairs % max(n, 1)], axis=1)
     return Kernels(n=n, of_op=of_op, lead=lead, stream=kernel_stream, before=before, edges=edges)
 

@@ -61,7 +61,8 @@ def place(trace: Trace, chip: Chip) -> Placement:
     pinned = set(pinned_names(trace))
     kept = np.array([tensor.role in STORED_ROLES and tensor.name not in pinned for tensor in trace.tensors])
     matmul, attends = op_class == int(OpClass.MATMUL), op_class == int(OpClass.ATTENTION)
-    candidate = kept[trace.read_tensor] & (matmul | attends)[op] & (trace.read_bytes > 0) & ~_overwritten(trace)
+    operand = kept[trace.read_tensor] & (trace.read_bytes > 0) & ~_overwritten(trace)
+    candidate = operand & (matmul[op] | (attends[op] & (role[trace.read_tensor] == int(Role.KV))))
     # Of a product whose operands are all stored, those before the last are read out: they are the input vectors.
     last = np.full(trace.n_ops, -1, dtype=np.int64)
     np.maximum.at(last, op[candidate], np.flatnonzero(candidate))
