@@ -261,6 +261,15 @@ def test_queries_pass_only_the_blocks_that_they_see(window, vectors):
     assert lower(trace, alone).work.cycles[0, MATRIX] == 2 * sum(vectors) * 16 + 8
 
 
+def test_tiles_with_most_vectors_are_dealt_out_first():
+    # 100 queries after 63 rows, each sees 64 keys: 64 of them block 0, 99 block 1, 35 block 2. On two arrays the two
+    # busiest blocks make one round, the third another.
+    trace = attention_trace(m=100, before=63, heads=1, kv_heads=1, head_dim=64, window=64)
+    unit = replace(few().unit("matrix"), peak_per_s={"bf16": 1024e9})
+    two = replace(few(), cores=2, units=(unit, *few().units[1:]))
+    assert lower(trace, two).work.cycles[0, MATRIX] == 2 * (99 + 35) * 16 + 8
+
+
 def test_heads_wider_or_narrower_than_an_array_and_its_efficiency_in_attention():
     # 128 wide: two tiles along the reduction of the scores, two of columns of the values: 2 x 2 on 1 array each.
     wide = attention_trace(m=1, before=63, heads=1, kv_heads=1, head_dim=128, window=None)
