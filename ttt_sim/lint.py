@@ -234,7 +234,7 @@ def _power_findings(chip: Chip) -> Iterator[Finding]:
 def _area_findings(chip: Chip) -> Iterator[Finding]:
     if chip.die_area_mm2 is None:
         return
-    sram = [level for level in chip.memories if level.volatile and not level.shared_bus]
+    sram = [level for level in chip.memories if level.volatile and not level.shared_bus and level is not chip.backing]
     n_bytes = sum(_total_bytes(chip, level) for level in sram)
     area = n_bytes * 8 * SRAM_CELL_MM2
     if area > SRAM_DIE_SHARE * chip.die_area_mm2:
