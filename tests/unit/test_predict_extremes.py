@@ -31,7 +31,7 @@ def test_overlapping_kernels_take_no_less_than_their_weights(chip: str) -> None:
         assert time * 1e-6 >= beyond_cache / main.read_bytes_per_s
 
 
-@pytest.mark.parametrize("chip", ["h100", "trainium2", "tiny_systolic"])
+@pytest.mark.parametrize("chip", ["h100", "trainium2", "tiny_systolic", "tiny_spatial"])
 def test_kernels_of_very_many_steps_lose_nothing(chip: str) -> None:
     times, problems = predict(chip, "bf16,softmax,67108864,67108864,,,,,,", "bf16,gemm,1,1099511627776,1,,,,,")
     assert not problems
