@@ -29,7 +29,7 @@ def answers(data: ReportData) -> list[str]:
         out += _times(data, phase, at)
     out += _boundary(data)
     unfit = select(data.points, fits=False)
-    missing = unfit["missing"].fillna("").astype(str)
+    missing = unfit["missing"].astype(object).fillna("").astype(str)
     for reason, rows in unfit[missing != ""].groupby(missing[missing != ""], sort=False):
         methods = ", ".join(method_title(data, method) for method in dict.fromkeys(rows["method"]))
         out.append(f"{len(rows)} of {len(data.points)} points cannot run ({methods}): {reason}.")
