@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from ttt_sim.chip import Chip
 from ttt_sim.dtypes import DTYPES
@@ -23,6 +24,11 @@ def roofline_cycles(trace: Trace, chip: Chip, lowered: Lowered) -> dict[str, flo
     read = float(work.main_read_bytes.sum()) / (main.read_bytes_per_s / chip.clock_hz)
     write = float(work.main_write_bytes.sum()) / (main.write_bytes_per_s / chip.clock_hz)
     bounds = {main.name: read + write if main.shared_bus else max(read, write)}
+    backing = chip.backing
+    if backing is not None:
+        read = float(work.far_read_bytes.sum()) / (backing.read_bytes_per_s / chip.clock_hz)
+        write = float(work.far_write_bytes.sum()) / (backing.write_bytes_per_s / chip.clock_hz)
+        bounds[backing.name] = read + write if backing.shared_bus else max(read, write)
     tiled = np.isin(op_classes(trace), [int(OpClass.MATMUL), int(OpClass.ATTENTION)]) & ~work.on_lanes
     matrix = 0.0
     for code in np.unique(trace.dtype[tiled]):
@@ -54,17 +60,23 @@ def check(trace: Trace, chip: Chip, lowered: Lowered, timeline: Timeline) -> Non
     places = lowered.traffic.read_place
     skipped = sum(int(trace.read_bytes[places == place].sum()) for place in (CACHED, FUSED, SHARED, IN_PLACE))
     skipped += int(lowered.traffic.read_hit_bytes.sum())
-    units = np.array([name.split(".")[0] == chip.main_memory.name for name in program.unit_names], dtype=np.bool_)
-    on_main = units[program.unit]
+    on_main = _on(program, chip.main_memory.name)
+    far_read, far_write = int(work.far_read_bytes.sum()), int(work.far_write_bytes.sum())
     reads = int(program.nbytes[on_main & (program.kind == READ)].sum())
     padding = int(lowered.traffic.padding_bytes.sum())
     again = int(work.restream_bytes.sum()) + padding
-    equal("bytes read from main memory", reads, int(trace.read_bytes.sum()) - skipped + again)
+    equal("bytes read from main memory", reads, int(trace.read_bytes.sum()) - skipped + again - far_read)
     writes = int(program.nbytes[on_main & (program.kind == WRITE)].sum())
     kept = int(trace.write_bytes[lowered.traffic.write_place != MAIN].sum())
     kept += int(lowered.traffic.write_hit_bytes.sum())
     extra = int(work.staged_bytes.sum()) + padding
-    equal("bytes written to main memory", writes, int(trace.write_bytes.sum()) - kept + extra)
+    equal("bytes written to main memory", writes, int(trace.write_bytes.sum()) - kept + extra - far_write)
+    if chip.backing is not None:
+        moved = int(program.nbytes[_on(program, chip.backing.name)].sum())
+        equal("bytes of the backing memory", moved, far_read + far_write)
+        again = int(work.far_restream_bytes.sum())
+        equal("bytes read of spilled tensors", far_read - again, int(lowered.traffic.read_far_bytes.sum()))
+        equal("bytes written of spilled tensors", far_write, int(lowered.traffic.write_far_bytes.sum()))
     equal("FLOPs", int(program.flops.sum()), int(trace.flops.sum()))
 
     total = timeline.total_cycles
@@ -82,6 +94,11 @@ def check(trace: Trace, chip: Chip, lowered: Lowered, timeline: Timeline) -> Non
     for name, bound in roofline_cycles(trace, chip, lowered).items():
         if total < bound * (1 - 1e-12):
             raise ConservationError(f"{total} cycles beat the roofline bound of {bound:.1f} cycles on {name}")
+
+
+def _on(program: Program, memory: str) -> npt.NDArray[np.bool_]:
+    """Whether each task runs on this memory."""
+    return np.array([name.split(".")[0] == memory for name in program.unit_names], dtype=np.bool_)[program.unit]
 
 
 def critical_path(program: Program, timeline: Timeline) -> IntArray:

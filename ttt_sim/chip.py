@@ -331,6 +331,11 @@ class Chip:
         return self.memories[0] if self.memories[0].scope == "backing" else None
 
     @property
+    def capacity_bytes(self) -> int:
+        """Main memory and what lies behind it."""
+        return self.main_memory.capacity_bytes + (self.backing.capacity_bytes if self.backing is not None else 0)
+
+    @property
     def default_dtype(self) -> str:
         """The format in which workloads run unless another is asked for: the widest common one of the matrix unit."""
         peaks = next((unit for unit in self.units if unit.kind == "matrix"), self.units[0]).peak_per_s

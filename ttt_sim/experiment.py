@@ -497,11 +497,12 @@ def _write_variants(experiment: Experiment) -> list[dict[str, object]]:
         }  # fmt: skip
         if outcome.result is not None:
             work = outcome.result.lowered.work
+            moved = work.main_read_bytes + work.main_write_bytes
             update = is_update(outcome.result.trace)[outcome.result.lowered.kernels.lead]
             n_updates = len(experiment.ttt.layers_of(experiment.model)) * (VARIANT_CONTEXT_TOKENS // point.chunk_tokens)
             row |= {
                 "update_busy_cycles": float(outcome.result.busiest_unit()[0][update].sum()) / max(n_updates, 1),
-                "update_main_bytes": float((work.main_read_bytes + work.main_write_bytes)[update].sum())
+                "update_main_bytes": float((moved + work.far_read_bytes + work.far_write_bytes)[update].sum())
                 / max(n_updates, 1),
             }
         rows.append(row)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -167,7 +168,10 @@ def _memory_findings(chip: Chip, level: MemoryLevel) -> Iterator[Finding]:
 
 
 def _hierarchy_findings(chip: Chip) -> Iterator[Finding]:
-    for outer, inner in zip(chip.memories, chip.memories[1:], strict=False):
+    for outer, inner in pairwise(chip.memories):
+        if outer is chip.backing:
+            yield from _backing_findings(chip, outer, inner)
+            continue
         path = f"memories.{inner.name}"
         if _total_bytes(chip, inner) > _total_bytes(chip, outer):
             yield _finding(
@@ -185,6 +189,27 @@ def _hierarchy_findings(chip: Chip) -> Iterator[Finding]:
                 f"{format_si(inner.read_bytes_per_s, 'B/s')} is less than that of {outer.name!r} outside it "
                 f"({format_si(outer.read_bytes_per_s, 'B/s')})",
             )
+
+
+def _backing_findings(chip: Chip, backing: MemoryLevel, main: MemoryLevel) -> Iterator[Finding]:
+    """A memory lies behind another because it is larger, though slower."""
+    path = f"memories.{backing.name}"
+    if backing.capacity_bytes < main.capacity_bytes:
+        yield _finding(
+            chip,
+            "warning",
+            f"{path}.capacity",
+            f"{format_bytes(backing.capacity_bytes)} is less than that of {main.name!r}, which it is to back "
+            f"({format_bytes(main.capacity_bytes)})",
+        )
+    if backing.read_bytes_per_s > main.read_bytes_per_s:
+        yield _finding(
+            chip,
+            "warning",
+            f"{path}.read_bandwidth",
+            f"{format_si(backing.read_bytes_per_s, 'B/s')} is more than that of {main.name!r}, which it backs "
+            f"({format_si(main.read_bytes_per_s, 'B/s')})",
+        )
 
 
 def _total_bytes(chip: Chip, level: MemoryLevel) -> int:

@@ -306,6 +306,11 @@ def is_update(trace: Trace) -> npt.NDArray[np.bool_]:
     return np.isin(trace.phase, [int(phase) for phase in UPDATE_PHASES])
 
 
+def persistent_bytes(trace: Trace) -> int:
+    """Bytes of weights and state: what lives from before the first op to after the last."""
+    return sum(tensor.nbytes for tensor in trace.tensors if tensor.role not in TEMPORARY_ROLES)
+
+
 def lane_ops(trace: Trace) -> tuple[IntArray, IntArray]:
     """(ordinary lane operations, special-function operations) of each op; FLOPs of row-wise ops run on lanes too."""
     special = trace.exp_ops + trace.rsqrt_ops + trace.div_ops

@@ -18,7 +18,7 @@ from ttt_sim.dtypes import DTYPES
 from ttt_sim.lower import Lowered
 from ttt_sim.lower.kernels import FORWARD_STREAM, STREAMS
 from ttt_sim.lower.traffic import FUSED, MAIN
-from ttt_sim.lower.work import LEVELS, READ, WRITE
+from ttt_sim.lower.work import LEVELS, READ, WRITE, busiest_level
 from ttt_sim.ops import (
     CLASS_OF_ROLE,
     OP_KINDS,
@@ -32,6 +32,7 @@ from ttt_sim.ops import (
     lane_ops,
     op_classes,
     owners,
+    persistent_bytes,
     total_by,
     version_slots,
 )
@@ -59,6 +60,11 @@ class Result:
     @property
     def seconds(self) -> float:
         return self.cycles / self.chip.clock_hz
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes of weights and state in the backing memory."""
+        return int(self.lowered.traffic.spilled_bytes.sum())
 
     # --- per kernel -------------------------------------------------------------------------------------------------
 
@@ -119,7 +125,7 @@ class Result:
             cycles[:, READ] += cycles[:, WRITE]
             cycles[:, WRITE] = 0
         names = level_names(self.chip)
-        return cycles.max(axis=1), [names[level] for level in cycles.argmax(axis=1).tolist()]
+        return cycles.max(axis=1), [names[level] for level in busiest_level(cycles).tolist()]
 
     def bound_by(self) -> list[str]:
         """What decides each kernel's time: a unit, or ``launch`` when its overhead exceeds its busiest unit."""
@@ -142,7 +148,8 @@ class Result:
         return out
 
     def main_bytes(self) -> dict[tuple[str, str], IntArray]:
-        """Main-memory bytes per step by (direction, traffic class), re-streaming included."""
+        """Main-memory bytes per step by (direction, traffic class), re-streaming and what lies in the backing memory
+        included."""
         trace = self.trace
         n_steps = int(trace.step.max()) + 1
         classes = np.array([TRAFFIC_CLASSES.index(CLASS_OF_ROLE[t.role]) for t in trace.tensors], dtype=np.int64)
@@ -176,6 +183,13 @@ class Result:
         np.add.at(out["write", "activations"], lead_step, self.lowered.work.staged_bytes)
         return out
 
+    def far_bytes(self) -> dict[str, IntArray]:
+        """Those of :meth:`main_bytes` that cross the backing memory, per step by direction."""
+        work, step = self.lowered.work, self.trace.step[self.lowered.kernels.lead]
+        n_steps = int(self.trace.step.max()) + 1
+        moved = {"read": work.far_read_bytes, "write": work.far_write_bytes}
+        return {direction: total_by(step, nbytes, n_steps) for direction, nbytes in moved.items()}
+
     def dynamic_energy_j(self) -> dict[str, FloatArray]:
         """Dynamic energy per step by where it is spent: each memory level and kind of unit."""
         trace, work, chip = self.trace, self.lowered.work, self.chip
@@ -190,6 +204,11 @@ class Result:
             main.name: per_step(work.main_read_bytes) * main.read_energy_j_per_byte
             + per_step(work.main_write_bytes) * main.write_energy_j_per_byte
         }
+        if chip.backing is not None:
+            out[chip.backing.name] = (
+                per_step(work.far_read_bytes) * chip.backing.read_energy_j_per_byte
+                + per_step(work.far_write_bytes) * chip.backing.write_energy_j_per_byte
+            )
         for level, nbytes in ((chip.cache, work.cache_bytes), (chip.core_memory, work.core_bytes)):
             if level is not None and level is not main:
                 out[level.name] = per_step(nbytes) * _energy_per_byte(level)
@@ -245,9 +264,13 @@ class Result:
         return times[by_time], change[by_time]
 
     def peak_memory_bytes(self) -> int:
-        """Largest allocation of main memory at any time."""
+        """Largest allocation at any time, with what lies in the backing memory."""
         _, change = self.memory_events()
         return int(np.cumsum(change.sum(axis=1)).max())
+
+    def peak_temporary_bytes(self) -> int:
+        """Largest allocation of activations and other temporaries, which the main memory alone must hold."""
+        return self.peak_memory_bytes() - persistent_bytes(self.trace)
 
     # --- frames -------------------------------------------------------------------------------------------------------
 
@@ -275,6 +298,8 @@ class Result:
         main_write[kernels.lead] += work.staged_bytes
         padding = total_by(write, traffic.padding_bytes, trace.n_ops)
         main_read, main_write = main_read + padding, main_write + padding
+        far_read = total_by(read, traffic.read_far_bytes, trace.n_ops)
+        far_read[kernels.lead] += work.far_restream_bytes
         at_lead = {
             "cache_bytes": work.cache_bytes, "core_bytes": work.core_bytes, "advance_cycles": self.kernel_advance(),
             "launch_cycles": work.launch_cycles, "busy_cycles": busiest,
@@ -294,6 +319,7 @@ class Result:
             "trace_read_bytes": total_by(read, trace.read_bytes, trace.n_ops),
             "trace_write_bytes": total_by(write, trace.write_bytes, trace.n_ops),
             "main_read_bytes": main_read, "main_write_bytes": main_write,
+            "far_read_bytes": far_read, "far_write_bytes": total_by(write, traffic.write_far_bytes, trace.n_ops),
         }  # fmt: skip
         for name, values in at_lead.items():  # a kernel's own figures stand at its first op
             columns[name] = np.where(lead, values[of_op], 0)
@@ -304,8 +330,11 @@ class Result:
     def _op_energy_j(self, frame: pd.DataFrame) -> pd.Series[float]:
         chip, trace = self.chip, self.trace
         main = chip.main_memory
-        energy = frame["main_read_bytes"] * main.read_energy_j_per_byte
-        energy = energy + frame["main_write_bytes"] * main.write_energy_j_per_byte
+        energy = (frame["main_read_bytes"] - frame["far_read_bytes"]) * main.read_energy_j_per_byte
+        energy = energy + (frame["main_write_bytes"] - frame["far_write_bytes"]) * main.write_energy_j_per_byte
+        if chip.backing is not None:
+            energy = energy + frame["far_read_bytes"] * chip.backing.read_energy_j_per_byte
+            energy = energy + frame["far_write_bytes"] * chip.backing.write_energy_j_per_byte
         for level, column in ((chip.cache, "cache_bytes"), (chip.core_memory, "core_bytes")):
             if level is not None and level is not main:
                 energy = energy + frame[column] * _energy_per_byte(level)
@@ -351,7 +380,7 @@ class Result:
 
     def summary(self) -> Mapping[str, object]:
         """Totals of the whole simulation."""
-        main = self.main_bytes()
+        main, work = self.main_bytes(), self.lowered.work
         energy = {name: float(values.sum()) for name, values in self.dynamic_energy_j().items()}
         idle = self.chip.power.idle_w * self.seconds
         units = self.units()
@@ -362,9 +391,12 @@ class Result:
             "seconds": self.seconds,
             "flops": int(self.trace.flops.sum()),
             "vector_ops": int(self.trace.vector_ops.sum()),
-            "main_read_bytes": int(self.lowered.work.main_read_bytes.sum()),
-            "main_write_bytes": int(self.lowered.work.main_write_bytes.sum()),
+            "main_read_bytes": int((work.main_read_bytes + work.far_read_bytes).sum()),
+            "main_write_bytes": int((work.main_write_bytes + work.far_write_bytes).sum()),
+            "far_read_bytes": int(work.far_read_bytes.sum()),
+            "far_write_bytes": int(work.far_write_bytes.sum()),
             "peak_memory_bytes": self.peak_memory_bytes(),
+            "spilled_bytes": self.spilled_bytes,
             "energy_j": sum(energy.values()) + idle,
             "idle_energy_j": idle,
             "busiest_unit": str(top["unit"]),
@@ -386,6 +418,8 @@ def level_names(chip: Chip) -> list[str]:
     names |= {"read": chip.main_memory.name, "write": chip.main_memory.name}
     if chip.cache is not None:
         names["cache"] = chip.cache.name
+    if chip.backing is not None:
+        names["far"] = chip.backing.name
     return [names.get(level, level) for level in LEVELS]
 
 

@@ -50,6 +50,14 @@ def _identity(chip: Chip) -> Iterator[str]:
     if chip.die_area_mm2 is not None:
         facts.append(f"{chip.die_area_mm2:g} mm2")
     yield from textwrap.wrap(", ".join(facts), WIDTH)
+    if chip.backing is not None:
+        main, backing = chip.main_memory, chip.backing
+        yield from textwrap.wrap(
+            f"memory tiers: {format_bytes(main.capacity_bytes)} in {main.name}; what does not fit there in "
+            f"{format_bytes(backing.capacity_bytes)} of {backing.name}, at "
+            f"{format_si(backing.read_bytes_per_s, 'B/s')}",
+            WIDTH,
+        )
     mapping, rules = chip.mapping, chip.writability
     kernels = "one after another" if mapping.serial_kernels else "overlapping"
     placement = "tiles handed out continuously" if mapping.persistent else "tiles in whole waves"
@@ -106,7 +114,7 @@ def _memory_rows(chip: Chip) -> Iterator[Sequence[str]]:
     for level in chip.memories:
         total = level.capacity_bytes * (chip.cores if level.scope == "core" else 1)
         yield (
-            level.name,
+            f"{level.name} (backing)" if level is chip.backing else level.name,
             format_bytes(level.capacity_bytes) + ("/core" if level.scope == "core" else ""),
             format_bytes(total),
             _per_cycle(chip, level.read_bytes_per_s),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -16,7 +16,7 @@ from ttt_sim.errors import CapacityError, ConservationError, UnsupportedError, W
 from ttt_sim.intervals import ANY_OP, interval
 from ttt_sim.lower import DEFAULT_DETAIL, find_mapper, lower
 from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, stage_starts
-from ttt_sim.ops import KIND, TEMPORARY_ROLES, IntArray, Trace, total_by
+from ttt_sim.ops import KIND, IntArray, Trace, persistent_bytes, total_by
 from ttt_sim.results import FloatArray, Result
 from ttt_sim.system import holdings, least_system, microbatches_of, period_cycles, pipeline_cycles, stage_cycles
 from ttt_sim.units import ceil_div, format_bytes
@@ -39,17 +39,33 @@ def simulate_trace(
     detail: int = DEFAULT_DETAIL,
     overlap: bool = True,
     compare_engines: bool = False,
+    held_bytes: Sequence[int] = (),
 ) -> Result:
     """Lower ``trace`` to ``chip``, run it, hold it against the conservation laws.
 
     ``compare_engines`` runs the other engine too and demands the same cycles for every task.
 
+    What does not fit the main memory is spilled, if there is a backing memory: how much is known only when activations
+    have been placed in time, so more is spilled until the main memory holds the rest. Each round spills more, and none
+    more than all weights and state. Whether the backing memory has room for it is left to the caller. ``held_bytes``:
+    weights and state of each of the chips that the trace stands for, if not one; the trace spills the share of its own
+    that they spill of theirs.
+
     Raises:
         ConfigError, CapacityError: the chip cannot run the trace.
         ConservationError: the simulation broke a law, or the engines differ.
     """
-    lowered = lower(trace, chip, detail=detail, overlap=overlap)
-    timeline = run(lowered.program, engine)
+    spilled = _excess(trace, chip, held_bytes, temporary=0)
+    while True:
+        lowered = lower(trace, chip, detail=detail, overlap=overlap, spill_bytes=spilled)
+        timeline = run(lowered.program, engine)
+        result = Result(chip=chip, trace=trace, lowered=lowered, timeline=timeline)
+        excess = (
+            0 if chip.backing is None else _excess(trace, chip, held_bytes, temporary=result.peak_temporary_bytes())
+        )
+        if excess <= spilled:
+            break
+        spilled = excess
     if compare_engines:
         other = "simpy" if engine == "compiled" else "compiled"
         again = run(lowered.program, other)
@@ -61,7 +77,17 @@ def simulate_trace(
                 f"{other} at {again.start_cycles[task]}"
             )
     check(trace, chip, lowered, timeline)
-    return Result(chip=chip, trace=trace, lowered=lowered, timeline=timeline)
+    return result
+
+
+def _excess(trace: Trace, chip: Chip, held_bytes: Sequence[int], *, temporary: int) -> int:
+    """Bytes of weights and state of the trace that the main memory cannot hold beside ``temporary`` bytes."""
+    own, room = persistent_bytes(trace), chip.main_memory.capacity_bytes
+    if chip.backing is None or not own:
+        return 0
+    held = held_bytes or (own,)
+    over = sum(max(nbytes + temporary - room, 0) for nbytes in held)
+    return min(ceil_div(over * own, sum(held)), own)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +230,7 @@ def simulate_point(point: Point) -> PointResult:
     scenario, plan = _scenario(point)
     record = _identity(point)
     starts = stage_starts(point.model, point.parallel.pp)
-    capacity = point.chip.main_memory.capacity_bytes
+    capacity = point.chip.capacity_bytes
     try:
         trace = build_trace(point.model, point.method, scenario)
     except UnsupportedError as error:
@@ -216,16 +242,18 @@ def simulate_point(point: Point) -> PointResult:
     try:
         result = simulate_trace(
             point.chip, trace, engine=point.engine, detail=point.detail, overlap=point.overlap,
-            compare_engines=point.compare_engines,
+            compare_engines=point.compare_engines, held_bytes=held,
         )  # fmt: skip
     except UnsupportedError as error:
         return PointResult(point=point, record=record | {"missing": str(error)})
     except CapacityError as error:
         return PointResult(point=point, record=_does_not_fit(point, record, persistent, str(error)))
-    in_trace = sum(tensor.nbytes for tensor in trace.tensors if tensor.role not in TEMPORARY_ROLES)
-    peak = persistent + result.peak_memory_bytes() - in_trace
+    peak = persistent + result.peak_temporary_bytes()
     if peak > capacity:
         return PointResult(point=point, record=_does_not_fit(point, record, peak, "weights, state and activations"))
+    temporary, room = result.peak_temporary_bytes(), point.chip.main_memory.capacity_bytes
+    if temporary > room:
+        return PointResult(point=point, record=_does_not_fit(point, record, temporary, "activations", room))
 
     steps = int(trace.step.max()) + 1
     stages = stage_cycles(trace, result.lowered.kernels.lead, result.kernel_advance(), starts)
@@ -261,6 +289,7 @@ def simulate_point(point: Point) -> PointResult:
     total_energy = sum(energy.values()) + idle
     record |= {
         "peak_memory_bytes": peak,
+        "spilled_bytes": max(peak - room, 0) if starts else result.spilled_bytes,
         "energy_j": total_energy,
         "energy_j_per_token": total_energy / tokens,
         "idle_energy_j": idle,
@@ -318,10 +347,12 @@ def _identity(point: Point) -> dict[str, object]:
     }
 
 
-def _does_not_fit(point: Point, record: dict[str, object], needed: int, what: str) -> dict[str, object]:
+def _does_not_fit(
+    point: Point, record: dict[str, object], needed: int, what: str, capacity: int | None = None
+) -> dict[str, object]:
     """``needed``: bytes on the fullest chip. ``chips_needed``: those that an arrangement was found for, else at least
-    that many."""
-    capacity = point.chip.main_memory.capacity_bytes
+    that many. ``capacity`` of one chip for what is needed; its main and backing memory if not said."""
+    capacity = point.chip.capacity_bytes if capacity is None else capacity
     least = least_system(
         point.chip, point.model, [point.method], context_tokens=point.context_tokens, batch=point.batch,
         dtype=point.dtype,
@@ -352,6 +383,8 @@ def _weighted(result: Result, twice: IntArray, span: int, tokens: int, parts: in
         out[f"{direction}_{name}_bytes"] = value
         totals[direction] += value
     out["main_read_bytes"], out["main_write_bytes"] = totals["read"], totals["write"]
+    for direction, per_step in result.far_bytes().items():
+        out[f"far_{direction}_bytes"] = _mean(per_step.astype(np.float64), twice, span)
     out["main_bytes_per_token"] = (totals["read"] + totals["write"]) / tokens
     return out
 

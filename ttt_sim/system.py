@@ -74,7 +74,7 @@ def microbatches_of(batch: int, parallel: Parallel) -> int:
 
 def capacity_of(chip: Chip) -> int:
     """Bytes that one chip can hold: its main memory, and the one behind it."""
-    return chip.main_memory.capacity_bytes + (chip.backing.capacity_bytes if chip.backing else 0)
+    return chip.capacity_bytes
 
 
 def tensor_parallel_sizes(model: Model) -> Iterator[int]:

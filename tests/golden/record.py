@@ -146,7 +146,7 @@ def read_golden() -> dict[str, Measured]:
     kernels: dict[str, KernelCycles] = {name: {} for name in rows}
     with KERNELS_FILE.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            values = tuple(int(row[column]) for column in KERNEL_COLUMNS)
+            values = tuple(int(row.get(column, 0)) for column in KERNEL_COLUMNS)  # none of a level that came later
             kernels[row["case"]] |= {(row["kernel"], layer): values for layer in layer_numbers(row["layers"])}
     return {name: Measured(row=row, kernels=kernels[name]) for name, row in rows.items()}
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttt_sim.bounds import check, critical_path, roofline_cycles
-from ttt_sim.chip import Chip
+from ttt_sim.chip import Chip, MemoryLevel
 from ttt_sim.config import load_chip
 from ttt_sim.engine import run
 from ttt_sim.errors import CapacityError
@@ -18,15 +18,17 @@ from ttt_sim.grid import make_point
 from ttt_sim.lower import lower
 from ttt_sim.lower.kernels import UPDATE_STREAM
 from ttt_sim.lower.traffic import CACHED, FUSED, IN_PLACE, MAIN, SHARED
+from ttt_sim.lower.work import READ as READ_LEVEL
 from ttt_sim.lower.work import WRITE
 from ttt_sim.model import KVSettings, MethodSettings, Model, Scenario, TTTSettings
-from ttt_sim.ops import UPDATE_PHASES, Hazard, Role, Trace, dependencies, owners
+from ttt_sim.ops import UPDATE_PHASES, Hazard, Role, Trace, dependencies, owners, persistent_bytes
 from ttt_sim.program import OVERHEAD, READ
 from ttt_sim.results import Result
 from ttt_sim.simulation import simulate_point, simulate_trace
 from ttt_sim.workload import build_trace
 
 EXAMPLES = settings(max_examples=60)
+Levels = tuple[MemoryLevel, ...]
 
 
 @st.composite
@@ -68,7 +70,8 @@ def scenarios(draw) -> Scenario:
 
 
 BASES = tuple(
-    load_chip(name) for name in ("tiny_gpu", "tiny_turnaround", "tiny_systolic", "tiny_cim", "tiny_pcm", "tiny_neuro")
+    load_chip(name)
+    for name in ("tiny_gpu", "tiny_turnaround", "tiny_systolic", "tiny_cim", "tiny_pcm", "tiny_neuro", "tiny_tiers")
 )
 SPATIAL = load_chip("tiny_spatial")
 
@@ -95,7 +98,11 @@ def spatial_chips(draw) -> Chip:
 @st.composite
 def chips(draw) -> Chip:
     base = draw(st.one_of(st.sampled_from(BASES), spatial_chips()))
-    main, cache, *inner = base.memories
+    outer, main, cache, inner = tiers(base)
+    if outer:  # main memories that hold everything, some or hardly any of weights and state
+        main = replace(main, capacity_bytes=draw(st.sampled_from([1 << 30, 64 << 10, 1 << 10])))
+        port = draw(st.booleans())
+        outer = (replace(outer[0], shared_bus=port, transfer_start_s=draw(st.sampled_from([0.0, 10e-9]))),)
     main = replace(main, latency_s=draw(st.sampled_from([0.0, 20e-9])))
     if draw(st.booleans()):  # ports of their own
         main = replace(main, shared_bus=False, read_to_write_s=0.0, write_to_read_s=0.0)
@@ -132,20 +139,34 @@ def chips(draw) -> Chip:
         units = tuple(array if unit.kind == "matrix" else unit for unit in units)
     overheads = replace(base.overheads, op_launch_s=draw(st.sampled_from([0.0, 30e-9])))
     return replace(
-        base, units=units, memories=(main, cache, *inner), mapping=mapping, writability=writability, overheads=overheads
-    )
+        base, units=units, memories=(*outer, main, cache, *inner), mapping=mapping, writability=writability,
+        overheads=overheads,
+    )  # fmt: skip
+
+
+def tiers(chip: Chip) -> tuple[Levels, MemoryLevel, MemoryLevel, Levels]:
+    """Backing memory, if any; main memory; cache; the rest."""
+    outer = () if chip.backing is None else (chip.backing,)
+    main, cache, *inner = chip.memories[len(outer) :]
+    return outer, main, cache, tuple(inner)
 
 
 def with_cache(chip: Chip, capacity_bytes: int) -> Chip:
-    main, cache, *inner = chip.memories
-    return replace(chip, memories=(main, replace(cache, capacity_bytes=capacity_bytes), *inner))
+    outer, main, cache, inner = tiers(chip)
+    return replace(chip, memories=(*outer, main, replace(cache, capacity_bytes=capacity_bytes), *inner))
+
+
+def spilled(trace: Trace, chip: Chip) -> int:
+    """Bytes that lie in the backing memory, activations left out."""
+    excess = persistent_bytes(trace) - chip.main_memory.capacity_bytes
+    return max(excess, 0) if chip.backing is not None else 0
 
 
 class Case:
     """A random trace that fits its chip, simulated."""
 
     def __init__(self, trace: Trace, chip: Chip, engine: str, detail: int, overlap: bool) -> None:
-        self.lowered = lower(trace, chip, detail=detail, overlap=overlap)
+        self.lowered = lower(trace, chip, detail=detail, overlap=overlap, spill_bytes=spilled(trace, chip))
         self.timeline = run(self.lowered.program, engine)
         self.result = Result(chip=chip, trace=trace, lowered=self.lowered, timeline=self.timeline)
         self.trace, self.chip, self.overlap = trace, chip, overlap
@@ -176,21 +197,36 @@ def test_laws_hold(engine, data):
 def test_bytes_and_flops_are_conserved(engine, data):
     case = data.draw(cases(engine))
     trace, lowered, program = case.trace, case.lowered, case.lowered.program
-    padding = lowered.traffic.padding_bytes.sum()
+    traffic = lowered.traffic
+    padding = traffic.padding_bytes.sum()
     for place, nbytes, main in (
-        (lowered.traffic.read_place, trace.read_bytes, lowered.traffic.main_read_bytes),
-        (lowered.traffic.write_place, trace.write_bytes, lowered.traffic.main_write_bytes),
+        (traffic.read_place, trace.read_bytes, traffic.main_read_bytes + traffic.far_read_bytes),
+        (traffic.write_place, trace.write_bytes, traffic.main_write_bytes + traffic.far_write_bytes),
     ):
         assert sum(int(nbytes[place == code].sum()) for code in (MAIN, CACHED, FUSED, SHARED, IN_PLACE)) == nbytes.sum()
         assert nbytes[place == MAIN].sum() + padding == main.sum()
+    # Of a spilled tensor its share of each operand, to the byte.
+    size = [tensor.nbytes for tensor in trace.tensors]
+    share = traffic.spilled_bytes.tolist()
+    assert sum(share) == spilled(trace, case.chip)
+    for far, tensors, nbytes, place in (
+        (traffic.read_far_bytes, trace.read_tensor, trace.read_bytes, traffic.read_place),
+        (traffic.write_far_bytes, trace.write_tensor, trace.write_bytes, traffic.write_place),
+    ):
+        entries = zip(tensors.tolist(), nbytes.tolist(), (place == MAIN).tolist(), strict=True)
+        assert far.tolist() == [n * share[t] // size[t] if main else 0 for t, n, main in entries]
+    moved = {direction: int(nbytes.sum()) for direction, nbytes in case.result.far_bytes().items()}
+    assert moved["read"] == traffic.read_far_bytes.sum() + lowered.work.far_restream_bytes.sum()
+    assert moved["write"] == traffic.write_far_bytes.sum()
     flops = np.zeros(lowered.kernels.n, dtype=np.int64)
     np.add.at(flops, lowered.kernels.of_op, trace.flops)
     in_program = np.zeros(lowered.kernels.n, dtype=np.int64)
     np.add.at(in_program, program.op, program.flops)
     assert np.array_equal(flops, in_program)
-    by_class = case.result.main_bytes()
-    assert sum(int(v.sum()) for (d, _), v in by_class.items() if d == "read") == lowered.work.main_read_bytes.sum()
-    assert sum(int(v.sum()) for (d, _), v in by_class.items() if d == "write") == lowered.work.main_write_bytes.sum()
+    by_class, work = case.result.main_bytes(), lowered.work
+    reads, writes = work.main_read_bytes + work.far_read_bytes, work.main_write_bytes + work.far_write_bytes
+    assert sum(int(v.sum()) for (d, _), v in by_class.items() if d == "read") == reads.sum()
+    assert sum(int(v.sum()) for (d, _), v in by_class.items() if d == "write") == writes.sum()
 
 
 @EXAMPLES
@@ -205,7 +241,7 @@ def test_service_adds_up_to_the_levels(engine, data):
     worked = program.kind != OVERHEAD
     np.add.at(busy, program.op[worked], program.cycles[worked])
     np.add.at(tasks, program.op[worked], 1)
-    cycles = work.cycles.sum(axis=1) + (groups - 1) * work.cycles[:, [0, WRITE]].sum(axis=1)
+    cycles = work.cycles.sum(axis=1) + (groups - 1) * work.cycles[:, [READ_LEVEL, WRITE]].sum(axis=1)
     assert (busy >= cycles).all()
     assert (busy <= cycles + tasks).all()
 
@@ -310,8 +346,9 @@ def test_tasks_per_kernel_stay_within_the_detail(data):
     trace = build_trace(data.draw(models()), method, data.draw(scenarios()))
     detail = data.draw(st.integers(16, 80))
     roomy = with_cache(chip, 1 << 20)
-    one_group = replace(roomy, memories=(replace(roomy.memories[0], channel_groups=1), *roomy.memories[1:]))
-    program = lower(trace, one_group, detail=detail).program
+    outer, main, cache, inner = tiers(roomy)
+    one_group = replace(roomy, memories=(*outer, replace(main, channel_groups=1), cache, *inner))
+    program = lower(trace, one_group, detail=detail, spill_bytes=spilled(trace, one_group)).program
     assert np.bincount(program.op).max() <= detail
 
 

@@ -20,7 +20,9 @@ def test_built_in_chips_hold_no_contradiction(name):
     assert [finding for finding in lint_file(name) if finding.severity == "error"] == []
 
 
-@pytest.mark.parametrize("name", ["tiny_gpu", "tiny_turnaround", "tiny_dataflow", "tiny_systolic", "tiny_spatial"])
+@pytest.mark.parametrize(
+    "name", ["tiny_gpu", "tiny_turnaround", "tiny_dataflow", "tiny_systolic", "tiny_spatial", "tiny_tiers"]
+)
 def test_example_chips_are_clean(name):
     assert lint_file(name) == []
 

@@ -104,7 +104,7 @@ def test_a_kernel_shorter_than_its_launch_is_bound_by_it(engine):
 
 
 def test_level_names():
-    assert level_names(chip()) == ["hbm", "l2", "tensor_core", "lanes", "sfu", "link", "hbm"]
+    assert level_names(chip()) == ["far", "hbm", "l2", "tensor_core", "lanes", "sfu", "link", "hbm"]
 
 
 def test_time_waited_for_an_update_belongs_to_it(engine):

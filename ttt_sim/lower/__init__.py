@@ -10,6 +10,7 @@ from ttt_sim.errors import ConfigError
 from ttt_sim.lower import in_memory, static_dataflow, systolic, tile_wave
 from ttt_sim.lower.emit import emit
 from ttt_sim.lower.kernels import Kernels, form_kernels
+from ttt_sim.lower.spill import spill
 from ttt_sim.lower.traffic import Traffic, resolve_traffic
 from ttt_sim.lower.work import KernelWork
 from ttt_sim.lower.writes import check_mode
@@ -51,22 +52,27 @@ class Lowered:
     program: Program
 
 
-def lower(trace: Trace, chip: Chip, *, detail: int = DEFAULT_DETAIL, overlap: bool = True) -> Lowered:
+def lower(
+    trace: Trace, chip: Chip, *, detail: int = DEFAULT_DETAIL, overlap: bool = True, spill_bytes: int = 0
+) -> Lowered:
     """Lower ``trace`` to ``chip`` with at most ``detail`` tasks per op.
 
-    ``overlap`` False forbids that an update runs beside other work.
+    ``overlap`` False forbids that an update runs beside other work; ``spill_bytes`` of weights and state lie in the
+    backing memory.
 
     Raises:
-        ConfigError: the chip cannot run the trace (execution style, units or dtypes).
+        ConfigError: the chip cannot run the trace (execution style, units or dtypes), or has no backing memory.
         UnsupportedError: the chip lacks a property that the trace needs.
         CapacityError: a tile or a pinned tensor does not fit on chip.
     """
     if detail < DEFAULT_DETAIL:
         raise ConfigError(f"detail is {detail}, expected at least {DEFAULT_DETAIL}")
+    if spill_bytes and chip.backing is None:
+        raise ConfigError(f"{chip.name}: has no backing memory to hold {spill_bytes} bytes")
     mapper = find_mapper(chip)
     check_mode(trace, chip)
     kernels = form_kernels(trace, chip, dependencies(trace), overlap=overlap)
-    traffic = resolve_traffic(trace, chip, kernels)
+    traffic = spill(trace, kernels, resolve_traffic(trace, chip, kernels), spill_bytes)
     work = mapper(trace, chip, kernels, traffic)
     program = emit(chip, kernels, work, traffic.needs_main, detail=detail)
     return Lowered(kernels=kernels, traffic=traffic, work=work, program=program)

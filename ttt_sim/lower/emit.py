@@ -1,6 +1,6 @@
 """Cutting kernels into the tasks of a program.
 
-A kernel is a pipeline over ``steps`` steps; each step passes the levels read, cache, matrix, vector,
+A kernel is a pipeline over ``steps`` steps; each step passes the levels far, read, cache, matrix, vector,
 special, link, write. Simulating every step would cost thousands of tasks per op, so steps are grouped into *pieces*:
 
 * A level that takes at least an eighth of the kernel's busiest level is *major*. It is cut into a head of one step
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from ttt_sim.chip import Chip
 from ttt_sim.lower.kernels import STREAMS, TRANSFER_STREAM, Kernels
-from ttt_sim.lower.work import CACHE, LEVELS, LINK, MATRIX, READ, VECTOR, WRITE, KernelWork
+from ttt_sim.lower.work import CACHE, FAR, LEVELS, LINK, MATRIX, READ, VECTOR, WRITE, KernelWork
 from ttt_sim.ops import IntArray
 from ttt_sim.program import COMPUTE, OVERHEAD, TASK_KINDS, Program
 from ttt_sim.program import READ as READ_TASK
@@ -34,7 +34,7 @@ from ttt_sim.program import WRITE as WRITE_TASK
 MAJOR_SHARE = 8
 #: Squares of more steps than this do not fit 64 bits.
 LONGEST_EXACT = 1 << 31
-_LEVEL_KIND = (READ_TASK, COMPUTE, COMPUTE, COMPUTE, COMPUTE, COMPUTE, WRITE_TASK)
+_LEVEL_KIND = (READ_TASK, READ_TASK, COMPUTE, COMPUTE, COMPUTE, COMPUTE, COMPUTE, WRITE_TASK)
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -53,7 +53,8 @@ class Units:
 
 
 def units_of(chip: Chip, *, linked: bool = False) -> Units:
-    """Engine units: a front end per stream, channel groups of the main memory, the shared cache, compute units.
+    """Engine units: a front end per stream, channel groups of the main memory, the backing memory, the shared cache,
+    compute units.
 
     ``linked`` adds one for the links to other chips.
     """
@@ -68,11 +69,13 @@ def units_of(chip: Chip, *, linked: bool = False) -> Units:
         if level in ("read", "write"):
             level_unit.append(memory)
             continue
-        if level == "link" and not linked:
+        if (level == "link" and not linked) or (level == "far" and chip.backing is None):
             level_unit.append((0,))  # no kernel uses it
             continue
         if level == "cache":
             name = chip.cache.name if chip.cache else "cache"
+        elif level == "far" and chip.backing is not None:
+            name = chip.backing.name
         else:
             name = next((unit.name for unit in chip.units if unit.kind == level), level)
         level_unit.append((len(names),))
@@ -152,10 +155,10 @@ def _share(total: IntArray, steps: IntArray, at: IntArray) -> IntArray:
 
 
 def _pieces(work: KernelWork, groups: int, detail: int) -> tuple[IntArray, BoolArray, IntArray]:
-    """(pieces of the major levels (n,), major (n, 7), pieces per level (n, 7)) within ``detail`` tasks per kernel.
+    """(pieces of the major levels (n,), major (n, 8), pieces per level (n, 8)) within ``detail`` tasks per kernel.
 
     A kernel needs three pieces per major level to overlap its levels, and two per minor one; a chip whose memory
-    groups multiply the tasks may exceed ``detail`` for that.
+    groups multiply the tasks, or one with a backing memory, may exceed ``detail`` for that.
     """
     cycles = work.cycles
     present = cycles > 0
@@ -199,6 +202,7 @@ def emit(chip: Chip, kernels: Kernels, work: KernelWork, needs_main: BoolArray, 
     nbytes = np.zeros((n, len(LEVELS)), dtype=np.int64)
     nbytes[:, READ], nbytes[:, WRITE], nbytes[:, CACHE] = work.main_read_bytes, work.main_write_bytes, work.cache_bytes
     nbytes[:, CACHE] *= work.cycles[:, CACHE] > 0
+    nbytes[:, FAR] = work.far_read_bytes + work.far_write_bytes
     flops_level = np.where(work.cycles[:, MATRIX] > 0, MATRIX, VECTOR)
 
     all_kernels = np.arange(n, dtype=np.int64)
@@ -259,7 +263,8 @@ def emit(chip: Chip, kernels: Kernels, work: KernelWork, needs_main: BoolArray, 
                     nbytes=moved * (copy + 1) // share - moved * copy // share,
                     flops=flops,
                 )
-    _connect(chip, kernels, pieces, major, count, piece_id, start_task, needs_main, copies, tasks)
+    waits = needs_main | (work.far_write_bytes > 0)
+    _connect(chip, kernels, pieces, major, count, piece_id, start_task, waits, copies, tasks)
     n_tasks = int(sizes.sum())
     dep_ptr, dep_idx = tasks.dependencies(n_tasks)
     names = ("unit", "queue", "priority", "kind", "cycles", "row", "op", "nbytes", "flops")
@@ -302,11 +307,14 @@ def _connect(
     count: IntArray,
     piece_id: IntArray,
     start_task: IntArray,
-    needs_main: BoolArray,
+    waits: BoolArray,
     copies: IntArray,
     tasks: _Tasks,
 ) -> None:
-    """Dependencies inside kernels (the pipeline), between them (data and version order) and along streams."""
+    """Dependencies inside kernels (the pipeline), between them (data and version order) and along streams.
+
+    ``waits`` (n_kernels,): the loads of the kernel must not run ahead of what it depends on.
+    """
     n, slots = kernels.n, piece_id.shape[0]
     every = np.arange(n, dtype=np.int64)
     tail = pieces - 1
@@ -335,9 +343,9 @@ def _connect(
             for slot in range(1, slots if streaming.size else 0):
                 k = streaming[slot < tail[streaming]]
                 wait(piece_id[slot, level, k], level, piece_id[slot - 1, source, k], source)
-                if source == READ and slot >= 2:  # the consumer's buffers bound how far loads run ahead
+                if source <= READ and slot >= 2:  # the consumer's buffers bound how far loads run ahead
                     k = streaming[slot <= tail[streaming]]
-                    wait(piece_id[slot, READ, k], READ, piece_id[slot - 2, level, k], level)
+                    wait(piece_id[slot, source, k], source, piece_id[slot - 2, level, k], level)
         leads = here & (major[:, level] | (major_before < 0) | (tail == 0))
         head_level[leads] = level
         major_before[here & major[:, level]] = level
@@ -374,7 +382,7 @@ def _connect(
         grand = np.where(kernels.before >= 0, kernels.before[np.maximum(kernels.before, 0)], -1)
         k = np.flatnonzero(grand >= 0)
         wait_for_kernels(entry[k], entry_copies[k], grand[k])
-        ahead = ~started & ~needs_main & (first_level == READ) & (before > READ)
+        ahead = ~started & ~waits & (first_level >= 0) & (first_level <= READ) & (before > READ)
     # One batch per occurrence of a waiting kernel, so that tasks are unique inside a batch.
     waiting, needed = edges[:, 0], edges[:, 1]
     rank = np.arange(waiting.size) - np.searchsorted(waiting, waiting, side="left")

@@ -13,9 +13,10 @@ from ttt_sim.chip import Chip, ComputeUnit, Link, MemoryLevel
 from ttt_sim.dtypes import DTYPE_BITS, DTYPES
 from ttt_sim.errors import UnsupportedError
 from ttt_sim.lower.kernels import Kernels, sibling_group
+from ttt_sim.lower.spill import part_of
 from ttt_sim.lower.tiles import AttentionWork, TileWork, flops_per_cycle
 from ttt_sim.lower.traffic import MAIN, Traffic, usable_cache_bytes
-from ttt_sim.lower.work import CACHE, LEVELS, LINK, MATRIX, READ, SPECIAL, VECTOR, WRITE, KernelWork, OpTiles
+from ttt_sim.lower.work import CACHE, FAR, LEVELS, LINK, MATRIX, READ, SPECIAL, VECTOR, WRITE, KernelWork, OpTiles
 from ttt_sim.lower.writes import reupload_cycles
 from ttt_sim.ops import KIND, OP_KINDS, IntArray, OpClass, Trace, lane_ops, op_classes, owners, total_by
 
@@ -69,17 +70,26 @@ def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: W
     row_steps = -(-traffic.on_chip_bytes // (chip.cores * STREAM_STEP_BYTES))
     steps = np.maximum(np.where(rowwise, row_steps, work["steps"]), 1)
 
-    work["restream"] += np.where(_rereads(trace, chip, kernels), traffic.main_read_bytes, 0)
+    once = traffic.main_read_bytes + traffic.far_read_bytes
+    work["restream"] += np.where(_rereads(trace, chip, kernels), once, 0)
+    far_again = part_of(work["restream"], traffic.far_read_bytes, once)
     lanes, special_ops = (total_by(kernels.of_op, values, n) for values in lane_ops(trace))
     lanes += total_by(kernels.of_op, np.where(work["on_lanes"] > 0, trace.flops // 2, 0), n)  # multiply-adds
     flops = total_by(kernels.of_op, trace.flops, n)
     write_bytes = traffic.main_write_bytes + work["staged"]
-    read_bytes = traffic.main_read_bytes + work["restream"]
+    read_bytes = traffic.main_read_bytes + work["restream"] - far_again
+    far_read_bytes = traffic.far_read_bytes + far_again
     cycles = np.zeros((n, len(LEVELS)), dtype=np.int64)
     cycles[:, READ] = slower(transfer_cycles(chip, main, read_bytes, write=False), share)
     cycles[:, WRITE] = slower(transfer_cycles(chip, main, write_bytes, write=True), share)
-    cycles[:, READ] += _transfer_starts(trace, chip, kernels, traffic.read_place, write=False)
-    cycles[:, WRITE] += _transfer_starts(trace, chip, kernels, traffic.write_place, write=True)
+    to_main = traffic.read_place == MAIN, traffic.write_place == MAIN
+    moved = trace.read_bytes > traffic.read_far_bytes, trace.write_bytes > traffic.write_far_bytes
+    cycles[:, READ] += _transfer_starts(trace, chip, kernels, main, to_main[0] & moved[0], write=False)
+    cycles[:, WRITE] += _transfer_starts(trace, chip, kernels, main, to_main[1] & moved[1], write=True)
+    if chip.backing is not None:
+        cycles[:, FAR] = far_cycles(chip, chip.backing, far_read_bytes, traffic.far_write_bytes)
+        for far, write in ((traffic.read_far_bytes, False), (traffic.write_far_bytes, True)):
+            cycles[:, FAR] += _transfer_starts(trace, chip, kernels, chip.backing, far > 0, write=write)
     cycles[:, LINK] = work["link"] + reupload_cycles(trace, chip, kernels.of_op, n)
     if chip.cache is not None and chip.cache is not main:
         cycles[:, CACHE] = transfer_cycles(chip, chip.cache, work["cache_bytes"], write=False)
@@ -90,7 +100,9 @@ def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: W
     launch = np.full(n, chip.cycles(chip.overheads.op_launch_s) + chip.library.kernel_cycles, dtype=np.int64)
     launch += work["extra"]
     if chip.mapping.serial_kernels:  # the first load of a kernel waits for nothing to hide its latency behind
-        launch += np.where(cycles[:, READ] > 0, chip.cycles(main.latency_s), 0)
+        near = np.where(cycles[:, READ] > 0, chip.cycles(main.latency_s), 0)
+        behind = 0 if chip.backing is None else chip.cycles(chip.backing.latency_s)
+        launch += np.maximum(near, np.where(far_read_bytes > 0, behind, 0))
     first_of_step = np.r_[True, np.diff(trace.step[kernels.lead]) != 0]
     launch[first_of_step] += chip.cycles(chip.overheads.call_s)
 
@@ -99,7 +111,10 @@ def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: W
         steps=steps,
         main_read_bytes=read_bytes,
         main_write_bytes=write_bytes,
+        far_read_bytes=far_read_bytes,
+        far_write_bytes=traffic.far_write_bytes,
         restream_bytes=work["restream"],
+        far_restream_bytes=far_again,
         staged_bytes=work["staged"],
         cache_bytes=work["cache_bytes"],
         core_bytes=work["core_bytes"],
@@ -159,14 +174,14 @@ def _append_cycles(trace: Trace, chip: Chip, kernels: Kernels) -> IntArray:
     return -(-total_by(kernels.of_op, rows, kernels.n) // chip.cores)
 
 
-def _transfer_starts(trace: Trace, chip: Chip, kernels: Kernels, place: IntArray, *, write: bool) -> IntArray:
-    """Cycles in which the engines of the main memory begin transfers: one for each operand and sequence."""
-    main = chip.main_memory
-    ptr, nbytes = (trace.write_ptr, trace.write_bytes) if write else (trace.read_ptr, trace.read_bytes)
-    op = owners(ptr)
-    transfers = np.where((place == MAIN) & (nbytes > 0), trace.batch[op], 0)
-    rounds: IntArray = -(-total_by(kernels.of_op[op], transfers, kernels.n) // main.transfer_engines)
-    return rounds * chip.cycles(main.transfer_start_s)
+def _transfer_starts(
+    trace: Trace, chip: Chip, kernels: Kernels, memory: MemoryLevel, moved: npt.NDArray[np.bool_], *, write: bool
+) -> IntArray:
+    """Cycles in which the engines of ``memory`` begin transfers: one for each operand ``moved`` and sequence."""
+    op = owners(trace.write_ptr if write else trace.read_ptr)
+    transfers = np.where(moved, trace.batch[op], 0)
+    rounds: IntArray = -(-total_by(kernels.of_op[op], transfers, kernels.n) // memory.transfer_engines)
+    return rounds * chip.cycles(memory.transfer_start_s)
 
 
 def _collectives(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> None:
@@ -230,6 +245,13 @@ def transfer_cycles(chip: Chip, memory: MemoryLevel, nbytes: IntArray, *, write:
     rounded = -(-nbytes // memory.interleave_bytes) * memory.interleave_bytes
     busiest = -(-rounded // unit) * memory.interleave_bytes
     return np.ceil(busiest / (per_cycle / memory.channels)).astype(np.int64)
+
+
+def far_cycles(chip: Chip, backing: MemoryLevel, read_bytes: IntArray, write_bytes: IntArray) -> IntArray:
+    """Cycles of the backing memory: both directions in turn on a shared bus, side by side on ports of their own."""
+    reads = transfer_cycles(chip, backing, read_bytes, write=False)
+    writes = transfer_cycles(chip, backing, write_bytes, write=True)
+    return reads + writes if backing.shared_bus else np.maximum(reads, writes)
 
 
 def add_products(

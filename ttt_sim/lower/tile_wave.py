@@ -12,6 +12,7 @@ from ttt_sim.lower.levels import (
     Work,
     add_attention,
     add_products,
+    far_cycles,
     finish,
     no_work,
     slower,
@@ -39,6 +40,9 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     main_cycles = transfer_cycles(chip, chip.main_memory, traffic.main_read_bytes, write=False)
     main_cycles += transfer_cycles(chip, chip.main_memory, traffic.main_write_bytes, write=True)
     main_cycles = slower(main_cycles, stream_share(trace, chip, kernels))
+    if chip.backing is not None:
+        far = far_cycles(chip, chip.backing, traffic.far_read_bytes, traffic.far_write_bytes)
+        main_cycles = np.maximum(main_cycles, far)
 
     def choose(m: int, n: int, k: int, batch: int, dtype: str, main_cycles: int) -> TileWork:
         return gemm(chip, m=m, n=n, k=k, batch=batch, dtype=dtype, main_cycles=main_cycles)

@@ -46,6 +46,8 @@ class Traffic:
     once; in the sums above.
     ``read_hit_bytes, write_hit_bytes`` (n_entries,) bytes of class MAIN that are in the cache from an earlier round of
     a loop around the trace (see :func:`hit_share`).
+    ``spilled_bytes`` (n_tensors,) what lies in the backing memory; ``read_far_bytes, write_far_bytes`` (n_entries,) and
+    ``far_read_bytes, far_write_bytes`` (n_kernels,) what therefore crosses it instead of the main memory.
     """
 
     read_place: IntArray
@@ -57,6 +59,11 @@ class Traffic:
     padding_bytes: IntArray
     read_hit_bytes: IntArray
     write_hit_bytes: IntArray
+    spilled_bytes: IntArray
+    read_far_bytes: IntArray
+    write_far_bytes: IntArray
+    far_read_bytes: IntArray
+    far_write_bytes: IntArray
 
 
 def usable_cache_bytes(trace: Trace, chip: Chip) -> int:
@@ -90,7 +97,7 @@ def pinned_bytes(trace: Trace) -> int:
 
 
 def resolve_traffic(trace: Trace, chip: Chip, kernels: Kernels) -> Traffic:
-    """Classify every operand of ``trace``; see the module text."""
+    """Classify every operand of ``trace``, nothing spilled; see the module text."""
     usable = usable_cache_bytes(trace, chip)
     pinned_tensors = set(pinned_names(trace))
     pinned = np.array([tensor.name in pinned_tensors for tensor in trace.tensors], dtype=np.bool_)
@@ -158,6 +165,11 @@ def resolve_traffic(trace: Trace, chip: Chip, kernels: Kernels) -> Traffic:
         padding_bytes=padding,
         read_hit_bytes=read_hit,
         write_hit_bytes=write_hit,
+        spilled_bytes=np.zeros(len(trace.tensors), dtype=np.int64),
+        read_far_bytes=np.zeros_like(read_place),
+        write_far_bytes=np.zeros_like(write_place),
+        far_read_bytes=np.zeros_like(main_read),
+        far_write_bytes=np.zeros_like(main_write),
     )
 
 

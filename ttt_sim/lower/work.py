@@ -10,8 +10,9 @@ import numpy.typing as npt
 from ttt_sim.ops import IntArray
 
 #: Levels of a kernel in the order in which data passes them; the task chain of one pipeline step.
-LEVELS: tuple[str, ...] = ("read", "cache", "matrix", "vector", "special", "link", "write")
-READ, CACHE, MATRIX, VECTOR, SPECIAL, LINK, WRITE = range(len(LEVELS))
+#: ``far`` is the backing memory, in both directions.
+LEVELS: tuple[str, ...] = ("far", "read", "cache", "matrix", "vector", "special", "link", "write")
+FAR, READ, CACHE, MATRIX, VECTOR, SPECIAL, LINK, WRITE = range(len(LEVELS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,10 +36,11 @@ class OpTiles:
 class KernelWork:
     """Columns of length ``n_kernels``.
 
-    ``cycles`` (n_kernels, 7) service per level, 0 where the level is not used; ``steps`` pipeline steps that the kernel
+    ``cycles`` (n_kernels, 8) service per level, 0 where the level is not used; ``steps`` pipeline steps that the kernel
     takes (the head and the tail of the pipeline last one each); ``main_read_bytes, main_write_bytes`` with
-    re-streaming; ``restream_bytes`` of the reads, beyond one pass; ``staged_bytes`` of the writes, operands put into
-    arrays for one product; ``cache_bytes`` through the shared cache;
+    re-streaming; ``far_read_bytes, far_write_bytes`` of the backing memory likewise; ``restream_bytes`` of the reads of
+    both, beyond one pass, and ``far_restream_bytes`` of those of the backing memory alone; ``cache_bytes`` through the
+    shared cache; ``staged_bytes`` of the writes, operands put into arrays for one product;
     ``core_bytes`` inside scratchpads; ``flops``; ``lane_ops`` without the special ones; ``special_ops``;
     ``launch_cycles`` before the kernel; ``row`` DRAM row that stands for its operands;
     ``tile_rows, tile_cols, split, items, waves`` of its largest tiled op, 0 without one; ``on_lanes``
@@ -49,8 +51,11 @@ class KernelWork:
     steps: IntArray
     main_read_bytes: IntArray
     main_write_bytes: IntArray
+    far_read_bytes: IntArray
+    far_write_bytes: IntArray
     restream_bytes: IntArray
     staged_bytes: IntArray
+    far_restream_bytes: IntArray
     cache_bytes: IntArray
     core_bytes: IntArray
     flops: IntArray
@@ -65,3 +70,9 @@ class KernelWork:
     waves: IntArray
     on_lanes: npt.NDArray[np.bool_]
     op_tiles: OpTiles
+
+
+def busiest_level(cycles: IntArray) -> IntArray:
+    """Level with most cycles in each row of ``cycles`` (n, levels); of equals the first, the backing memory last."""
+    inner = cycles[:, READ:]
+    return np.where(cycles[:, FAR] > inner.max(axis=1), FAR, READ + inner.argmax(axis=1))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ttt_sim.chip import Chip
-from ttt_sim.lower.work import CACHE, LEVELS, LINK, MATRIX, READ, SPECIAL, VECTOR, WRITE
+from ttt_sim.lower.work import CACHE, FAR, LEVELS, LINK, MATRIX, READ, SPECIAL, VECTOR, WRITE
 from ttt_sim.ops import OP_KINDS, owners
 from ttt_sim.predict.harness import GROUP_OF_OP, HARNESSES
 from ttt_sim.predict.predictions import Devices, Prediction, predict_rows, raise_problems
@@ -18,7 +18,7 @@ from ttt_sim.units import format_bytes
 
 #: Names of the levels for people.
 TITLES = {
-    READ: "main memory, reads", CACHE: "shared cache", MATRIX: "cores", VECTOR: "vector lanes",
+    FAR: "backing memory", READ: "main memory, reads", CACHE: "shared cache", MATRIX: "cores", VECTOR: "vector lanes",
     SPECIAL: "special functions", LINK: "links", WRITE: "main memory, writes",
 }  # fmt: skip
 #: What is tried: title and the change of the chip.
@@ -109,7 +109,7 @@ def _what_if(row: Row, chip: Chip, harness: str, now_us: float) -> Iterator[str]
         decode_start_cycles=0, combine_cycles=0, regroup_cycles=0, scan_setup_cycles=0, scan_start_cycles=0,
     )  # fmt: skip
     changed = (
-        replace(chip, memories=(doubled, *chip.memories[1:])),
+        replace(chip, memories=tuple(doubled if level is main else level for level in chip.memories)),
         replace(chip, units=matrix),
         replace(chip, library=free, overheads=replace(chip.overheads, op_launch_s=0.0)),
         replace(chip, cores=2 * chip.cores),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ttt_sim.chip import Chip
-from ttt_sim.lower.work import LEVELS, MATRIX, READ, WRITE
+from ttt_sim.lower.work import LEVELS, MATRIX, READ, WRITE, busiest_level
 from ttt_sim.ops import total_by
 from ttt_sim.predict.workloads import Step, trace_of
 from ttt_sim.results import Result
@@ -63,5 +63,5 @@ def bound_by_step(result: Result) -> list[str]:
     fixed = total_by(step, work.launch_cycles, n_steps)
     names = list(LEVELS)
     names[READ], names[MATRIX] = "memory", "cores"
-    level = busy.argmax(axis=1)
+    level = busiest_level(busy)
     return ["fixed" if fixed[i] > busy[i, level[i]] else names[int(level[i])] for i in range(n_steps)]

@@ -54,7 +54,7 @@ WHOLE_NUMBERS: tuple[str, ...] = (
     "context_tokens", "batch", "chunk_tokens", "window_tokens", "call_tokens", "tokens", "bytes_needed", "chips_needed",
     "chips", "tp", "pp", "cp", "cycles", "state_bytes_per_sequence",
     "state_kv_bytes", "state_fast_weight_bytes", "state_carry_bytes",
-    "peak_memory_bytes", "n_ops", "n_kernels", "n_tasks",
+    "peak_memory_bytes", "spilled_bytes", "n_ops", "n_kernels", "n_tasks",
 )  # fmt: skip
 
 PHASES: tuple[str, ...] = ("prefill", "decode")

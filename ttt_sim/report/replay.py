@@ -66,12 +66,15 @@ def write_replay(result: Result, out: Path, *, command: str, version: str) -> No
 
 
 def _memory(result: Result) -> dict[str, object]:
-    peak, capacity = result.peak_memory_bytes(), result.chip.main_memory.capacity_bytes
+    peak, capacity = result.peak_memory_bytes(), result.chip.capacity_bytes
+    chips = max(
+        ceil_div(peak, capacity), ceil_div(result.peak_temporary_bytes(), result.chip.main_memory.capacity_bytes), 1
+    )
     return {
-        "fits": peak <= capacity,
+        "fits": chips == 1,
         "bytes_needed": peak,
         "capacity_bytes": capacity,
-        "chips_needed": max(ceil_div(peak, capacity), 1),
+        "chips_needed": chips,
     }
 
 
@@ -83,8 +86,14 @@ def _origin(result: Result) -> str:
 
 def _totals(result: Result, summary: Mapping[str, object]) -> Table:
     memory = _memory(result)
-    needed, capacity = result.peak_memory_bytes(), result.chip.main_memory.capacity_bytes
-    held = f"{format_bytes(needed)} at the peak, of {format_bytes(capacity)} in {result.chip.main_memory.name}"
+    main, backing = result.chip.main_memory, result.chip.backing
+    held = (
+        f"{format_bytes(result.peak_memory_bytes())} at the peak, of {format_bytes(main.capacity_bytes)} in {main.name}"
+    )
+    if backing is not None:
+        held += (
+            f" and {format_bytes(backing.capacity_bytes)} in {backing.name}, {format_bytes(result.spilled_bytes)} there"
+        )
     if not memory["fits"]:
         held += f": does not fit, {memory['chips_needed']} chips needed"
     clock = format_si(result.chip.clock_hz, "Hz")
