@@ -285,3 +285,23 @@ def test_show_names_the_tiers():
     assert "memory tiers: 512 KiB in hbm; what does not fit there in 16 MiB of ddr, at 8 GB/s" in text
     assert "ddr (backing)" in text
     assert "memory tiers" not in describe(chip())
+
+
+def test_rows_that_an_append_in_the_same_kernel_did_not_make_are_read(engine):
+    # One kernel appends a row of 256 B to 4096 of them and attends to all: what it reads is not its own result.
+    t = HandTrace()
+    t.weight("q", 128)
+    t.weight("row", 256)
+    t.tensor("kv", 4096 * 256, Role.KV, exists=True)
+    t.tensor("out", 128)
+    t.op("kv_append", m=1, n=128, reads=[("row", 0, 256)], writes=[("kv", 1, 256)])
+    t.op(
+        "attention", m=1, n=4096, k=64, heads=1, kv_heads=1, position=4095, pairs=4096,
+        reads=[("q", 0, 128), ("kv", 1, 4096 * 256)], writes=[("out", 0, 128)],
+    )  # fmt: skip
+    result = simulate_trace(tiers(mapping__fusion="layer"), t.build(), engine=engine)
+    assert result.lowered.kernels.n == 1
+    moved = result.main_bytes()
+    assert moved["read", "kv"].tolist() == [4096 * 256]
+    assert result.far_bytes()["read"].tolist() == [spilled(result)["kv"]]
+    assert result.bound_by() == ["ddr"]

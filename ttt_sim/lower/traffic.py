@@ -117,6 +117,9 @@ def resolve_traffic(trace: Trace, chip: Chip, kernels: Kernels) -> Traffic:
 
     read_place = np.full(read_slot.size, MAIN, dtype=np.int64)
     fused = producer == read_kernel
+    if write_slot.size:  # a kernel that appends a few rows to a cache or carry did not make the others that it reads
+        grows = np.isin(role, [int(Role.KV), int(Role.CARRY)])[trace.read_tensor]
+        fused &= ~(grows & (trace.write_bytes[writer] < trace.read_bytes))
     read_place[fused] = FUSED
     read_place[~fused & _repeated(read_kernel, read_slot, trace.read_bytes, ~fused)] = SHARED
 
