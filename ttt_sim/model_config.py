@@ -28,8 +28,8 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 _LARGEST_DIMENSION = 2**24
 _LARGEST_CONTEXT = 2**40
 
-#: Floating-point formats in which a weight can be updated.
-FAST_DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16", "fp8")
+#: Formats in which a weight can be updated; int8, for chips that have nothing wider, can be simulated but not executed.
+FAST_DTYPES: tuple[str, ...] = ("fp32", "bf16", "fp16", "fp8", "int8")
 
 #: Settings by name, with their sources.
 PRESETS: Mapping[str, TTTSettings] = {

@@ -217,7 +217,7 @@ def test_settings_files(tmp_path: Path):
         ("layers: []\n", ["layers: is (), expected layer numbers from 0"]),
         ("layers: [-1]\n", ["layers: is '-1', expected a whole number from 0"]),
         ("projection: maybe\n", ["projection: is 'maybe', expected true or false"]),
-        ("fast_dtype: int8\n", ["fast_dtype: is 'int8'", "allowed: fp32, bf16, fp16, fp8"]),
+        ("fast_dtype: int4\n", ["fast_dtype: is 'int4'", "allowed: fp32, bf16, fp16, fp8, int8"]),
         (
             "contraction: outer_first\nprojection: false\n",
             ["my.yaml: TTT setting contraction: outer_first orders a projection, but"],
