@@ -103,7 +103,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown carry": ((*RUN, "--carry", "rign"), ("'rign'", "did you mean ring")),
     "unknown weight write": ((*RUN, "--weight-write", "fuse"), ("'fuse'", "did you mean fused")),
     "unknown phase": (("trace", "--phase", "decod", "-o", "t.csv"), ("--phase", "'decod'", "did you mean decode")),
-    "chip that no mapper can run": ((*RUN, "--set", "execution=event_driven"), ("tiny_gpu", "event_driven")),
+    "execution style of another matrix unit": ((*RUN, "--set", "execution=event_driven"), ("tiny_gpu", "event_driven")),
     # numbers
     "zero context": ((*RUN, "--context", "0"), ("--context", "'0'", "128k")),
     "negative context": ((*RUN, "--context=-1"), ("--context", "'-1'")),

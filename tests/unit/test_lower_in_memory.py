@@ -15,7 +15,7 @@ import pytest
 from tests.unit.lower_tools import HandTrace, add_residual, chip, gemm_trace
 from tests.unit.test_lower_cycles import attention_trace
 from ttt_sim.chip import Chip
-from ttt_sim.errors import UnsupportedError
+from ttt_sim.errors import ConfigError, UnsupportedError
 from ttt_sim.lower import in_memory, lower
 from ttt_sim.lower.in_memory import STAGED, STORED, product
 from ttt_sim.lower.tiles import TileWork
@@ -324,7 +324,7 @@ def test_event_driven_chips_pay_a_barrier_for_every_op(engine):
 
 @pytest.mark.parametrize("execution", ["in_memory", "event_driven"])
 def test_other_matrix_units_are_refused(execution):
-    with pytest.raises(UnsupportedError, match=f"tiny_gpu: execution {execution} needs a matrix unit of dataflow in_"):
+    with pytest.raises(ConfigError, match=f"tiny_gpu: execution {execution} needs a matrix unit of dataflow in_"):
         lower(gemm_trace(4, 64, 64), chip("tiny_gpu", execution=execution))
 
 

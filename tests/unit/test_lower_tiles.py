@@ -188,11 +188,6 @@ def test_vector_work_needs_a_vector_unit():
     lower(gemm_trace(16, 16, 16), without)
 
 
-def test_execution_style_without_a_mapper():
-    with pytest.raises(ConfigError, match=r"execution style .event_driven. cannot be simulated.*tile_wave"):
-        lower(residual_trace(), chip("tiny_gpu", execution="event_driven"))
-
-
 def test_detail_has_a_least_value():
     with pytest.raises(ConfigError, match="detail is 15, expected at least 16"):
         lower(residual_trace(), chip(), detail=15)

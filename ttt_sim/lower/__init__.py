@@ -32,13 +32,20 @@ MAPPERS: Mapping[str, Mapper] = {
 }
 
 
+#: Dataflow of the matrix unit that a style needs, None where any will do.
+_DATAFLOW: Mapping[str, str | None] = {
+    "systolic": "weight_stationary", "static_dataflow": None, "in_memory": "in_array", "event_driven": "in_array",
+}  # fmt: skip
+
+
 def find_mapper(chip: Chip) -> Mapper:
-    """The mapper of the chip's execution style; raises :class:`ConfigError` where there is none."""
-    if chip.execution not in MAPPERS:
-        raise ConfigError(
-            f"{chip.name}: execution style {chip.execution!r} cannot be simulated; "
-            f"styles with a mapper: {', '.join(MAPPERS)}"
-        )
+    """The mapper of the chip's execution style; raises :class:`ConfigError` where the chip's matrix unit is of another
+    style."""
+    if chip.execution in _DATAFLOW:
+        wanted = _DATAFLOW[chip.execution]
+        if not chip.has_unit("matrix") or wanted not in (None, chip.unit("matrix").dataflow):
+            of = f" of dataflow {wanted}" if wanted else ""
+            raise ConfigError(f"{chip.name}: execution {chip.execution} needs a matrix unit{of}")
     return MAPPERS[chip.execution]
 
 

@@ -15,12 +15,12 @@ from ttt_sim.chip import Chip
 from ttt_sim.dtypes import DTYPE_BITS
 from ttt_sim.errors import UnsupportedError
 from ttt_sim.lower.kernels import Kernels
-from ttt_sim.lower.levels import add_attention, add_products, finish, no_work
-from ttt_sim.lower.placement import computes_in_memory, place
+from ttt_sim.lower.levels import add_attention, add_products, finish, no_work, refuse_scans
+from ttt_sim.lower.placement import place
 from ttt_sim.lower.tiles import AttentionWork, TileWork, ceil_float, flops_per_cycle, visible_keys
 from ttt_sim.lower.traffic import Traffic
 from ttt_sim.lower.work import KernelWork
-from ttt_sim.ops import OP_KINDS, IntArray, OpClass, Trace, op_classes, total_by
+from ttt_sim.ops import OP_KINDS, IntArray, Trace, total_by
 from ttt_sim.units import ceil_div
 
 #: What a product multiplies with: a stored matrix, one written into the arrays for it, or nothing (vector lanes).
@@ -31,17 +31,10 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     """Cost of every kernel of ``trace`` on ``chip``; for event-driven chips the launch is the barrier of a time step.
 
     Raises:
-        UnsupportedError: the matrix unit does not compute in its memory, the chip lacks a unit, dtype or link that the
-            trace needs, or the trace has recurrent scans, for which there is no rule.
+        UnsupportedError: the chip lacks a unit, dtype or link that the trace needs, or the trace has recurrent scans,
+            for which there is no rule.
     """
-    if not computes_in_memory(chip):
-        raise UnsupportedError(f"{chip.name}: execution {chip.execution} needs a matrix unit of dataflow in_array")
-    scans = np.flatnonzero(op_classes(trace) == int(OpClass.SCAN))
-    if scans.size:
-        kind = OP_KINDS[int(trace.kind[scans[0]])].name
-        raise UnsupportedError(
-            f"{chip.name}: the workload has recurrent scans ({kind}), which computing in memory has no rule for"
-        )
+    refuse_scans(trace, chip, "computing in memory")
     placed = place(trace, chip)
     if placed.on_lanes.any() and not chip.has_unit("vector"):
         kind = OP_KINDS[int(trace.kind[np.flatnonzero(placed.on_lanes)[0]])].name

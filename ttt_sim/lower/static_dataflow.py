@@ -14,7 +14,6 @@ import numpy as np
 
 from ttt_sim.chip import Chip, Link
 from ttt_sim.dtypes import DTYPE_BITS
-from ttt_sim.errors import UnsupportedError
 from ttt_sim.lower import systolic
 from ttt_sim.lower.kernels import Kernels
 from ttt_sim.lower.levels import Work, add_attention, add_products, finish, no_work, refuse_scans
@@ -46,8 +45,6 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
         UnsupportedError: the chip lacks a unit, dtype or link that the trace needs, or the trace has recurrent scans,
             for which there is no rule.
     """
-    if not chip.has_unit("matrix"):
-        raise UnsupportedError(f"{chip.name}: execution static_dataflow needs a matrix unit")
     refuse_scans(trace, chip, "spatial arrays")
     work = no_work(trace, kernels)
     if chip.unit("matrix").dataflow == "weight_stationary":

@@ -14,7 +14,6 @@ import numpy as np
 
 from ttt_sim.chip import Chip
 from ttt_sim.dtypes import DTYPE_BITS
-from ttt_sim.errors import UnsupportedError
 from ttt_sim.lower.kernels import Kernels
 from ttt_sim.lower.levels import Work, add_attention, add_products, finish, no_work, refuse_scans
 from ttt_sim.lower.tiles import AttentionWork, TileWork, ceil_float, product_rate, visible_keys, visited_blocks
@@ -32,11 +31,9 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     """Cost of every kernel of ``trace`` on ``chip``.
 
     Raises:
-        UnsupportedError: the matrix unit is not weight-stationary, the chip lacks a unit, dtype or link that the trace
-            needs, or the trace has recurrent scans, for which there is no rule.
+        UnsupportedError: the chip lacks a unit, dtype or link that the trace needs, or the trace has recurrent scans,
+            for which there is no rule.
     """
-    if not chip.has_unit("matrix") or chip.unit("matrix").dataflow != "weight_stationary":
-        raise UnsupportedError(f"{chip.name}: execution systolic needs a matrix unit of dataflow weight_stationary")
     refuse_scans(trace, chip, "systolic arrays")
     work = no_work(trace, kernels)
     add_array_work(trace, chip, kernels, work)
