@@ -288,7 +288,10 @@ def _run(args: argparse.Namespace) -> int:
             method_on(chip, name, window_tokens=window, kv_dtype=args.kv_dtype, ttt=ttt, dtype=dtype)
             for name in methods
         ]
-        least = least_system(chip, model, settings, context_tokens=min(contexts), batch=min(batches), dtype=dtype)
+        least = least_system(
+            chip, model, settings, context_tokens=min(contexts) + ttt.chunk_tokens, batch=min(batches),
+            rows=min(*contexts, call_tokens), dtype=dtype,
+        )  # fmt: skip
         parallel = least or ONE_CHIP
     experiment = Experiment(
         chip=chip,

@@ -78,12 +78,14 @@ def make_point(
     dtype = dtype or loaded.default_dtype
     chosen = method_on(loaded, method, window_tokens=window_tokens, kv_dtype=kv_dtype, ttt=settings, dtype=dtype)
     tokens = _tokens("context", context)
+    call = _tokens("call", call_tokens)
     if parallel is None:
+        rows, held = (min(tokens, call), tokens) if phase == "prefill" else (1, tokens + settings.chunk_tokens)
         asked = any(value is not None for value in (chips, tp, pp, cp))
         parallel = (
             arrange(shape, chips=chips, tp=tp, pp=pp, cp=cp)
             if asked
-            else least_system(loaded, shape, [chosen], context_tokens=tokens, dtype=dtype)
+            else least_system(loaded, shape, [chosen], context_tokens=held, rows=rows, dtype=dtype)
         )
     return Point(
         chip=loaded,
@@ -94,7 +96,7 @@ def make_point(
         batch=batch,
         dtype=dtype,
         chunk_tokens=settings.chunk_tokens,
-        call_tokens=_tokens("call", call_tokens),
+        call_tokens=call,
         engine=engine,
         detail=detail,
         overlap=overlap,

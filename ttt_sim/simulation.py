@@ -350,19 +350,20 @@ def _identity(point: Point) -> dict[str, object]:
 def _does_not_fit(
     point: Point, record: dict[str, object], needed: int, what: str, capacity: int | None = None
 ) -> dict[str, object]:
-    """``needed``: bytes on the fullest chip. ``chips_needed``: those that an arrangement was found for, else at least
+    """``needed``: bytes on the fullest chip. ``chips_needed``: those of the least larger system found, else at least
     that many. ``capacity`` of one chip for what is needed; its main and backing memory if not said."""
     capacity = point.chip.capacity_bytes if capacity is None else capacity
     least = least_system(
         point.chip, point.model, [point.method], context_tokens=point.context_tokens, batch=point.batch,
-        dtype=point.dtype,
+        rows=min(point.context_tokens, point.call_tokens) if point.phase == "prefill" else 1, dtype=point.dtype,
     )  # fmt: skip
-    at_least = ceil_div(needed, capacity) * point.parallel.chips
+    here = point.parallel.chips
+    chips = least.chips if least is not None and least.chips > here else ceil_div(needed, capacity) * here
     return record | {
         "fits": False,
         "reason": f"{what} need {format_bytes(needed)} of {format_bytes(capacity)}" if needed > capacity else what,
         "bytes_needed": needed,
-        "chips_needed": max(at_least, least.chips if least is not None else 1),
+        "chips_needed": chips,
     }
 
 

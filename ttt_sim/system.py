@@ -72,11 +72,6 @@ def microbatches_of(batch: int, parallel: Parallel) -> int:
     return min(batch, parallel.pp)
 
 
-def capacity_of(chip: Chip) -> int:
-    """Bytes that one chip can hold: its main memory, and the one behind it."""
-    return chip.capacity_bytes
-
-
 def tensor_parallel_sizes(model: Model) -> Iterator[int]:
     """Numbers of chips that can share the layers of ``model`` evenly."""
     for tp in range(1, model.n_heads + 1):
@@ -94,17 +89,21 @@ def least_system(
     *,
     context_tokens: int = 1,
     batch: int = 1,
+    rows: int = 1,
     dtype: str | None = None,
 ) -> Parallel | None:
     """The least number of chips that hold ``model`` and ``batch`` sequences of each of the methods; None if none do.
 
-    Of equal numbers, the largest tensor-parallel group. Activations are left out.
+    They hold it in their main memories; where no number of chips does, one chip may use the memory behind its own.
+    Room is left for activations of ``rows`` tokens of each sequence and for a delta and its scaled copy. Of equal
+    numbers, the largest tensor-parallel group.
     """
     best: Parallel | None = None
     dtype = dtype or chip.default_dtype
     weights = tensor_bytes(model.parameters, dtype)
     state = max(state_per_sequence(model, method, context_tokens, dtype=dtype).total_bytes for method in methods)
-    if (weights + batch * state) * _ROUGH <= capacity_of(chip):
+    updates = any(method.ttt is not None for method in methods)
+    if (weights + batch * (state + _room(model, rows, updates, dtype))) * _ROUGH <= chip.main_memory.capacity_bytes:
         return ONE_CHIP
     for tp in tensor_parallel_sizes(model):
         if best is not None and tp > best.chips:
@@ -112,7 +111,7 @@ def least_system(
         scenario = Scenario.decode((max(context_tokens - 1, 0),), batch=batch, dtype=dtype, parallel=Parallel(tp=tp))
         traces = [build_trace(model, method, scenario) for method in methods]
         pp = _least_stages(
-            chip,
+            chip.main_memory.capacity_bytes - batch * _room(shard(model, tp), rows, updates, dtype),
             model,
             [holdings(trace, model.n_layers, pipelined=False) for trace in traces],
             [holdings(trace, model.n_layers, pipelined=True) for trace in traces],
@@ -120,11 +119,22 @@ def least_system(
         found = None if pp is None else Parallel(tp=tp, pp=pp)
         if found is not None and (best is None or (found.chips, -found.tp) < (best.chips, -best.tp)):
             best = found if _linked(chip, found.chips) else best
-    return best
+    behind = chip.backing is not None and (weights + batch * state) * _ROUGH <= chip.capacity_bytes
+    return ONE_CHIP if best is None and behind else best
 
 
-def _least_stages(chip: Chip, model: Model, alone: Sequence[Holdings], piped: Sequence[Holdings]) -> int | None:
-    capacity = capacity_of(chip)
+def _room(part: Model, rows: int, updates: bool, dtype: str) -> int:
+    """Bytes of activations of one sequence on one chip, which holds ``part``: the residual stream three times, the rows
+    of attention before and after rotation, gate, up and hidden rows; a delta and its scaled copy."""
+    heads = part.n_heads + 2 * part.n_kv_heads
+    row = 3 * part.d_model + 2 * heads * part.head_dim + 3 * part.d_ff
+    return tensor_bytes(rows * row + (2 * part.d_model * part.d_ff if updates else 0), dtype)
+
+
+def _least_stages(capacity: int, model: Model, alone: Sequence[Holdings], piped: Sequence[Holdings]) -> int | None:
+    """Least stages of which each fits ``capacity`` bytes."""
+    if capacity <= 0:
+        return None
     if all(max(held.by_stage(())) <= capacity for held in alone):
         return 1
     fewest = max(ceil_div(int(held.parts.sum() + held.everywhere.sum()), capacity) for held in piped)
