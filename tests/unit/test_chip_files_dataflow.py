@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from ttt_sim import simulate
 from ttt_sim.chip import Chip
 from ttt_sim.config import load_chip
 from ttt_sim.data_files import names as built_in
+from ttt_sim.grid import make_point
+from ttt_sim.simulation import simulate_point
 
 ROOT = Path(__file__).parents[2]
 #: Published figures are rounded.
@@ -158,3 +161,53 @@ def test_page_has_a_section_for_every_chip() -> None:
     assert {chip.name for chip in chips if chip.kind != "example"} <= set(sections)
     for name, body in sections.items():
         assert [label for label in LABELS if f"*{label}*:" not in body] == [], name
+
+
+LLAMA_70B = """{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192,
+"num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
+"intermediate_size": 28672, "vocab_size": 128256,
+"tie_word_embeddings": false, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+"max_position_embeddings": 131072}"""
+
+
+def decoded(chip: str, model: str | Path, dtype: str, **system: int) -> float:
+    """Seconds of a token after 1024, in batch 1."""
+    record = simulate(chip, model, "kv", phase="decode", context=1024, dtype=dtype, **system).record
+    assert record["fits"], record
+    return float(str(record["seconds_per_token"]))
+
+
+def prompt(chip: Chip | str, tokens: int, dtype: str) -> float:
+    """Seconds of a prompt of Llama-3.1-8B."""
+    record = simulate(chip, "Llama-3.1-8B", "kv", phase="prefill", context=tokens, dtype=dtype).record
+    assert record["fits"], record
+    return float(str(record["seconds"]))
+
+
+def test_published_decode_rates(tmp_path: Path) -> None:
+    """The rows that a constant was fitted on, and those that it was not."""
+    path = tmp_path / "Llama-3.1-70B.json"
+    path.write_text(LLAMA_70B, encoding="utf-8")
+    assert decoded("wse3", "Llama-3.1-8B", "fp16") == pytest.approx(1 / 1800, rel=0.02)  # fitted
+    assert decoded("wse3", path, "fp16", pp=4) == pytest.approx(1 / 450, rel=0.08)
+    assert decoded("sn40l", "Llama-3.1-8B", "bf16", tp=16) == pytest.approx(1 / 1042, rel=0.02)  # fitted
+    assert decoded("groq_lpu", path, "int8", tp=8, pp=72) == pytest.approx(1 / 300, rel=0.2)  # nothing is fitted
+    assert 10 * decoded("wse3:CS-3-hardware-hops", "Llama-3.1-8B", "fp16") == pytest.approx(1e-3, rel=0.1)
+
+
+def test_published_prompts() -> None:
+    """FastFlowLM on the XDNA2: the row behind the efficiency, and longer ones. Hexagon: 4.944 s, nothing is fitted."""
+    for tokens, rate in ((4096, 495), (8192, 467), (16384, 381), (32768, 281)):
+        assert tokens / prompt("npu_xdna2", tokens, "bf16") == pytest.approx(rate, rel=0.02 if tokens == 4096 else 0.15)
+    roomy = load_chip("hexagon_8elite", overrides={"memories.lpddr.capacity": "24 GB"})  # its weights had 4 bits
+    assert prompt(roomy, 4096, "fp16") == pytest.approx(4.944, rel=0.15)
+
+
+@pytest.mark.parametrize("name", CHIPS)
+def test_an_update_runs(name: str) -> None:
+    """In the chip's own format; on NorthPole fast weights stay in bf16, as integers cannot hold their sums."""
+    point = make_point(name, "toy", "ttt", phase="prefill", context=512, ttt="toy")
+    assert point.dtype == load_chip(name).default_dtype
+    assert point.method.ttt is not None
+    assert point.method.ttt.fast_dtype == ("bf16" if name == "northpole" else point.dtype)
+    assert simulate_point(point).record["fits"]
