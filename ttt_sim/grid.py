@@ -15,7 +15,7 @@ from ttt_sim.config import load_chip
 from ttt_sim.errors import ConfigError
 from ttt_sim.lower import DEFAULT_DETAIL
 from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, TTTSettings
-from ttt_sim.model_config import FAST_DTYPES, load_model, load_ttt
+from ttt_sim.model_config import load_model, load_ttt
 from ttt_sim.parallel import run_all
 from ttt_sim.simulation import DEFAULT_CALL_TOKENS, PHASES, PhaseName, Point, PointResult, simulate_point
 from ttt_sim.system import arrange, least_system
@@ -107,15 +107,13 @@ def make_point(
 def method_on(
     chip: Chip, name: str, *, window_tokens: int | None, kv_dtype: str | None, ttt: TTTSettings, dtype: str
 ) -> MethodSettings:
-    """The method as it runs on ``chip``: without bf16 there, caches and fast weights have ``dtype`` by default. Fast
-    weights stay in bf16 where that is an integer.
+    """The method as it runs on ``chip``: without bf16 there, caches and fast weights have ``dtype`` by default.
 
     Raises:
         ConfigError: an unknown method.
     """
     if not chip.runs("bf16"):
-        if ttt.fast_dtype == "bf16" and dtype in FAST_DTYPES:
-            ttt = replace(ttt, fast_dtype=dtype)
+        ttt = replace(ttt, fast_dtype=dtype) if ttt.fast_dtype == "bf16" else ttt
         kv_dtype = kv_dtype or (None if name == "kv_quant" else dtype)
     return find_method(name).settings(window_tokens, kv_dtype, ttt)
 
