@@ -359,9 +359,12 @@ def _does_not_fit(
     )  # fmt: skip
     here = point.parallel.chips
     chips = least.chips if least is not None and least.chips > here else ceil_div(needed, capacity) * here
+    reason = f"{what} need {format_bytes(needed)} of {format_bytes(capacity)}" if needed > capacity else what
+    if least is None:
+        reason += "; no number of linked chips holds it"
     return record | {
         "fits": False,
-        "reason": f"{what} need {format_bytes(needed)} of {format_bytes(capacity)}" if needed > capacity else what,
+        "reason": reason,
         "bytes_needed": needed,
         "chips_needed": chips,
     }

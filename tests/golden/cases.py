@@ -10,7 +10,7 @@ from ttt_sim.config import load_chip
 from ttt_sim.data_files import names
 from ttt_sim.grid import make_point
 from ttt_sim.lower import MAPPERS
-from ttt_sim.model import Carry, TTTSettings, WeightWrite
+from ttt_sim.model import Carry, Parallel, TTTSettings, WeightWrite
 from ttt_sim.model_config import load_ttt
 from ttt_sim.simulation import PHASES, Point
 from ttt_sim.workload import METHODS
@@ -68,6 +68,12 @@ def cases() -> dict[str, Point]:
         if carry != usual.carry:
             ttt = replace(usual, carry=carry)
             points.append((qwen("ttt_window", phase, "4k", ttt=ttt), f"carry={carry}"))
+    systems = (Parallel(tp=4), Parallel(pp=4), Parallel(cp=2), Parallel(tp=2, pp=2, cp=2))
+    for parallel, method, phase in product(systems, ("kv", "ttt_window"), PHASES):
+        name = " ".join(
+            f"{way}={n}" for way, n in (("tp", parallel.tp), ("pp", parallel.pp), ("cp", parallel.cp)) if n > 1
+        )
+        points.append((replace(qwen(method, phase, "4k", batch=4), parallel=parallel), name))
     for method, phase in product(("ttt", "ttt_window"), PHASES):
         points.append((replace(qwen(method, phase, "4k"), overlap=False), "overlap=no"))
         points.append((replace(qwen(method, phase, "4k"), detail=64), "detail=64"))
