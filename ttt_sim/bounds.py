@@ -9,10 +9,14 @@ from ttt_sim.chip import Chip
 from ttt_sim.dtypes import DTYPES
 from ttt_sim.errors import ConservationError
 from ttt_sim.lower import Lowered
+from ttt_sim.lower.emit import units_of
 from ttt_sim.lower.tiles import product_rate
 from ttt_sim.lower.traffic import CACHED, FUSED, IN_PLACE, MAIN, SHARED
-from ttt_sim.ops import IntArray, OpClass, Trace, op_classes, total_by
+from ttt_sim.lower.work import LINK
+from ttt_sim.lower.writes import reupload_bytes
+from ttt_sim.ops import KIND, IntArray, OpClass, Trace, op_classes, total_by
 from ttt_sim.program import READ, WRITE, Program, Timeline
+from ttt_sim.units import ceil_div
 
 
 def roofline_cycles(trace: Trace, chip: Chip, lowered: Lowered) -> dict[str, float]:
@@ -78,6 +82,11 @@ def check(trace: Trace, chip: Chip, lowered: Lowered, timeline: Timeline) -> Non
         equal("bytes read of spilled tensors", far_read - again, int(lowered.traffic.read_far_bytes.sum()))
         equal("bytes written of spilled tensors", far_write, int(lowered.traffic.write_far_bytes.sum()))
     equal("FLOPs", int(program.flops.sum()), int(trace.flops.sum()))
+    on_link = np.isin(program.unit, units_of(chip, linked=bool(work.cycles[:, LINK].any())).level_unit[LINK])
+    sent = _link_bytes(trace)
+    if any(link.topology == "host" for link in chip.links):
+        sent += int(reupload_bytes(trace, chip, lowered.kernels.of_op, lowered.kernels.n).sum())
+    equal("bytes sent over links", int(program.nbytes[on_link].sum()), sent)
 
     total = timeline.total_cycles
     busy = busy_cycles(program, timeline)
@@ -99,6 +108,20 @@ def check(trace: Trace, chip: Chip, lowered: Lowered, timeline: Timeline) -> Non
 def _on(program: Program, memory: str) -> npt.NDArray[np.bool_]:
     """Whether each task runs on this memory."""
     return np.array([name.split(".")[0] == memory for name in program.unit_names], dtype=np.bool_)[program.unit]
+
+
+def _link_bytes(trace: Trace) -> int:
+    """Bytes that this chip sends. A ring of n chips passes on 2 (n - 1) parts of 1 / n of a sum, rounded up, and n - 1
+    whole parts of a gathered tensor; other transfers go to one partner."""
+    total = 0
+    for op in np.flatnonzero(op_classes(trace) == int(OpClass.COLLECTIVE)):
+        nbytes = int(trace.read_bytes[trace.read_ptr[op] : trace.read_ptr[op + 1]].sum())
+        ranks = int(trace.heads[op])
+        if trace.kind[op] == KIND["allreduce"]:
+            total += ceil_div(2 * (ranks - 1) * nbytes, ranks)
+        else:
+            total += nbytes * (ranks - 1 if trace.kind[op] == KIND["allgather"] else 1)
+    return total
 
 
 def critical_path(program: Program, timeline: Timeline) -> IntArray:

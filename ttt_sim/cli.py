@@ -490,8 +490,10 @@ def _models(_args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     from ttt_sim.show import describe
+    from ttt_sim.writing import describe_writing
 
-    print(describe(_chip(args)))
+    chip = _chip(args)
+    print(describe(chip, {"Writing weights": describe_writing(chip)}))
     return 0
 
 

@@ -267,7 +267,7 @@ def _in_depth(outcome: PointResult, *, headline: bool, sensitivity: list[dict[st
         critical_path=_critical_path(outcome, result),
         sensitivity=sensitivity,
         chunk_timeline=_chunk_timeline(point, result) if is_ttt and point.phase == "prefill" else [],
-        step_times=_steps_around_boundary(point) if point.phase == "decode" else [],
+        step_times=_steps_around_boundary(outcome) if point.phase == "decode" else [],
     )
 
 
@@ -361,9 +361,11 @@ def _chunk_timeline(point: Point, result: Result) -> list[dict[str, object]]:
     return rows
 
 
-def _steps_around_boundary(point: Point) -> list[dict[str, object]]:
+def _steps_around_boundary(outcome: PointResult) -> list[dict[str, object]]:
     """Times of consecutive decode steps around the first chunk boundary after the context."""
-    chunk = point.chunk_tokens
+    assert outcome.result is not None
+    point, chunk = outcome.point, outcome.point.chunk_tokens
+    cycle_s = outcome.mean_seconds(outcome.result) / outcome.mean_cycles(outcome.result)
     boundary = point.context_tokens + (-point.context_tokens - 1) % chunk
     first = max(boundary - STEPS_AROUND_BOUNDARY - 1, 0)
     positions = range(first, boundary + STEPS_AROUND_BOUNDARY + 1)
@@ -376,7 +378,7 @@ def _steps_around_boundary(point: Point) -> list[dict[str, object]]:
         return []
     cycles = np.diff(result.step_finish_cycles(), prepend=0)
     return [
-        {**_key(point), "offset_tokens": position - boundary, "seconds": int(c) / point.chip.clock_hz}
+        {**_key(point), "offset_tokens": position - boundary, "seconds": int(c) * cycle_s}
         for position, c in list(zip(positions, cycles, strict=True))[1:]  # the first step fills the pipeline
     ]
 
@@ -422,11 +424,11 @@ def _sensitivity(outcome: PointResult) -> list[dict[str, object]]:
     """Time of the point with each parameter 10 % better (shorter, for times)."""
     assert outcome.result is not None
     point, trace = outcome.point, outcome.result.trace
-    before = outcome.mean_cycles(outcome.result) / point.chip.clock_hz
+    before = outcome.mean_seconds(outcome.result)
     rows: list[dict[str, object]] = []
     for parameter, chip in scaled_chips(point.chip, SENSITIVITY_STEP).items():
         result = simulate_trace(chip, trace, engine=point.engine, detail=point.detail, overlap=point.overlap)
-        after = outcome.mean_cycles(result) / chip.clock_hz
+        after = outcome.mean_seconds(result)
         rows.append(
             {
                 **_key(point),

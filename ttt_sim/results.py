@@ -191,42 +191,57 @@ class Result:
         return {direction: total_by(step, nbytes, n_steps) for direction, nbytes in moved.items()}
 
     def dynamic_energy_j(self) -> dict[str, FloatArray]:
-        """Dynamic energy per step by where it is spent: each memory level and kind of unit."""
-        trace, work, chip = self.trace, self.lowered.work, self.chip
-        n_steps = int(trace.step.max()) + 1
-        step = trace.step[self.lowered.kernels.lead]
+        """Dynamic energy per step by where it is spent: memory levels, kinds of unit, links off the chip."""
+        return self._energy_by(self.trace.step[self.lowered.kernels.lead], int(self.trace.step.max()) + 1)
 
-        def per_step(values: IntArray) -> FloatArray:
-            return total_by(step, values, n_steps).astype(np.float64)
+    def update_energy_j(self) -> FloatArray:
+        """Dynamic energy per step of the update kernels, (n_steps,)."""
+        lead, n_steps = self.lowered.kernels.lead, int(self.trace.step.max()) + 1
+        group = np.where(is_update(self.trace)[lead], self.trace.step[lead], n_steps)
+        total = np.zeros(n_steps, dtype=np.float64)
+        for values in self._energy_by(group, n_steps + 1).values():
+            total += values[:n_steps]
+        return total
+
+    def _energy_by(self, group: IntArray, n: int) -> dict[str, FloatArray]:
+        """Dynamic energy by group of kernels, (n,) each; ``group`` (n_kernels,) of each kernel."""
+        trace, work, chip = self.trace, self.lowered.work, self.chip
+
+        def per_group(values: IntArray) -> FloatArray:
+            return total_by(group, values, n).astype(np.float64)
 
         main = chip.main_memory
         out = {
-            main.name: per_step(work.main_read_bytes) * main.read_energy_j_per_byte
-            + per_step(work.main_write_bytes) * main.write_energy_j_per_byte
+            main.name: per_group(work.main_read_bytes) * main.read_energy_j_per_byte
+            + per_group(work.main_write_bytes) * main.write_energy_j_per_byte
         }
         if chip.backing is not None:
             out[chip.backing.name] = (
-                per_step(work.far_read_bytes) * chip.backing.read_energy_j_per_byte
-                + per_step(work.far_write_bytes) * chip.backing.write_energy_j_per_byte
+                per_group(work.far_read_bytes) * chip.backing.read_energy_j_per_byte
+                + per_group(work.far_write_bytes) * chip.backing.write_energy_j_per_byte
             )
         for level, nbytes in ((chip.cache, work.cache_bytes), (chip.core_memory, work.core_bytes)):
             if level is not None and level is not main:
-                out[level.name] = per_step(nbytes) * _energy_per_byte(level)
+                out[level.name] = per_group(nbytes) * _energy_per_byte(level)
         if chip.has_unit("matrix"):
             unit = chip.unit("matrix")
-            energy = np.zeros(n_steps, dtype=np.float64)
+            energy = np.zeros(n, dtype=np.float64)
+            of_op = group[self.lowered.kernels.of_op]
             multiplied = (op_classes(trace) != int(OpClass.VECTOR)) & ~work.on_lanes
             for code in np.unique(trace.dtype):
                 chosen = (trace.dtype == code) & multiplied
-                flops = total_by(trace.step[chosen], trace.flops[chosen], n_steps)
+                flops = total_by(of_op[chosen], trace.flops[chosen], n)
                 energy += flops * _energy_per_op(unit, DTYPES[int(code)])
             out[unit.name] = energy
         if chip.has_unit("vector"):
             unit = chip.unit("vector")
-            out[unit.name] = per_step(work.lane_ops) * _energy_per_op(unit, "fp32")
+            out[unit.name] = per_group(work.lane_ops) * _energy_per_op(unit, "fp32")
         if chip.has_unit("special"):
             unit = chip.unit("special")
-            out[unit.name] = per_step(work.special_ops) * _energy_per_op(unit, "fp32")
+            out[unit.name] = per_group(work.special_ops) * _energy_per_op(unit, "fp32")
+        for i, link in enumerate(chip.links):
+            if link.scope == "chip":
+                out[link.name] = per_group(work.link_bytes[:, i]) * link.energy_j_per_byte
         return out
 
     # --- memory over time ---------------------------------------------------------------------------------------------
@@ -349,7 +364,10 @@ class Result:
             energy = energy + lanes * _energy_per_op(chip.unit("vector"), "fp32")
         if chip.has_unit("special"):
             energy = energy + special * _energy_per_op(chip.unit("special"), "fp32")
-        return energy
+        sent = np.zeros(trace.n_ops, dtype=np.float64)
+        for i, link in enumerate(chip.links):
+            sent[self.lowered.kernels.lead] += self.lowered.work.link_bytes[:, i] * link.energy_j_per_byte
+        return energy + sent
 
     def units(self) -> pd.DataFrame:
         """One row per unit of the engine: busy cycles, utilisation, tasks, bytes."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from ttt_sim.area import area_estimate
 from ttt_sim.chip import Chip, MemoryLevel, Provenance
 from ttt_sim.units import format_bytes, format_seconds, format_si
 
@@ -14,10 +15,11 @@ _VALUE_WIDTH = 16
 _CERTAINTY_WIDTH = 8
 
 
-def describe(chip: Chip) -> str:
+def describe(chip: Chip, sections: Mapping[str, Sequence[str]] | None = None) -> str:
     """The text of ``ttt_sim show CHIP``, lines of at most 100 characters.
 
-    Sections: what the chip is; derived figures; every number as the file states it, sources numbered; the sources.
+    Sections: what the chip is; derived figures; ``sections``, lines by title; every number as the file states it,
+    sources numbered; the sources.
     """
     references = list(dict.fromkeys(place.source for place in chip.provenance.values()))
     lines = [*_identity(chip), ""]
@@ -28,6 +30,10 @@ def describe(chip: Chip) -> str:
         ("Delays in cycles", _delay_rows(chip)),
     ):
         lines += [title, *_table(list(body)), ""]
+    if area := list(_area_rows(chip)):
+        lines += ["Area estimate", *_table(area), ""]
+    for title, text in (sections or {}).items():
+        lines += [title, *text, ""]
     lines += [f"Numbers ({_certainty_summary(chip)})", *_number_lines(chip, references), "", "Sources"]
     for index, reference in enumerate(references, start=1):
         lines += textwrap.wrap(
@@ -136,6 +142,21 @@ def _delay_rows(chip: Chip) -> Iterator[Sequence[str]]:
         yield level.name, *(f"{chip.cycles(delay):,}" for delay in _delays(level))
     yield "kernel launch", f"{chip.cycles(chip.overheads.op_launch_s):,}", "", "", ""
     yield "model call", f"{chip.cycles(chip.overheads.call_s):,}", "", "", ""
+
+
+def _area_rows(chip: Chip) -> Iterator[Sequence[str]]:
+    """The split of the estimate; nothing for chips that state no area of a part."""
+    estimate = area_estimate(chip)
+    if not estimate.parts:
+        return
+    yield "part", "mm2"
+    for name, area in estimate.parts.items():
+        yield name, f"{area:.4g}"
+    if estimate.total_mm2 is None:
+        yield f"no total, missing: {', '.join(estimate.missing)}", ""
+        return
+    yield f"other ({estimate.overhead:.0%})", f"{estimate.total_mm2 * estimate.overhead:.4g}"
+    yield "total", f"{estimate.total_mm2:.4g}"
 
 
 def _delays(level: MemoryLevel) -> tuple[float, float, float, float]:

@@ -17,9 +17,11 @@ from ttt_sim.intervals import ANY_OP, interval
 from ttt_sim.lower import DEFAULT_DETAIL, find_mapper, lower
 from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, stage_starts
 from ttt_sim.ops import KIND, IntArray, Trace, persistent_bytes, total_by
+from ttt_sim.power import throttled_seconds
 from ttt_sim.results import FloatArray, Result
 from ttt_sim.system import holdings, least_system, microbatches_of, period_cycles, pipeline_cycles, stage_cycles
 from ttt_sim.units import ceil_div, format_bytes
+from ttt_sim.update_cost import update_record
 from ttt_sim.workload import build_trace, state_per_sequence
 from ttt_sim.workload.fast_state import CONV_TAPS
 
@@ -200,6 +202,12 @@ class PointResult:
             return float(result.cycles)
         return float((np.diff(result.step_finish_cycles(), prepend=0) * self.step_weights).sum())
 
+    def mean_seconds(self, result: Result) -> float:
+        """Seconds of the same, throttled where the chip of ``result`` would draw more than its limit."""
+        dynamic = sum(float((values * self.step_weights).sum()) for values in result.dynamic_energy_j().values())
+        dynamic *= self.point.microbatches / self.point.parallel.pp  # of the mean chip
+        return throttled_seconds(result.chip, self.mean_cycles(result) / result.chip.clock_hz, dynamic)
+
 
 def _scenario(point: Point) -> tuple[Scenario, DecodePlan | None]:
     """The calls that a point simulates, of one microbatch, and for decode what each stands for."""
@@ -256,6 +264,7 @@ def simulate_point(point: Point) -> PointResult:
         return PointResult(point=point, record=_does_not_fit(point, record, temporary, "activations", room))
 
     steps = int(trace.step.max()) + 1
+    around: dict[str, float] = {}  # cycles of steps that decode names
     stages = stage_cycles(trace, result.lowered.kernels.lead, result.kernel_advance(), starts)
     # the trace is one chip's part of one microbatch
     parts = point.parallel.tp * point.parallel.cp * point.microbatches
@@ -274,31 +283,39 @@ def simulate_point(point: Point) -> PointResult:
             b = plan.boundary
             boundary = int(step_cycles[b] + max(step_cycles[b + 1] - step_cycles[b + 2], 0))
             ordinary = (twice_cycles / 2 - boundary) / max(span - 1, 1)
-            record |= {
-                "boundary_step_seconds": boundary / point.chip.clock_hz,
-                "ordinary_step_seconds": ordinary / point.chip.clock_hz,
-            }
-    # Totals over the span, then per call (prefill) or per step (decode).
+            around = {"boundary_step_seconds": boundary, "ordinary_step_seconds": ordinary}
+    # Totals over the span, then per call (prefill) or per step (decode); of all chips.
     cycles = ceil_div(twice_cycles, 2 * span)
-    seconds = twice_cycles / (2 * span) / point.chip.clock_hz
+    chips = point.parallel.chips
+    energy = {name: parts * _mean(values, twice, span) for name, values in result.dynamic_energy_j().items()}
+    dynamic = sum(energy.values())
+    counted = twice_cycles / (2 * span) / point.chip.clock_hz
+    seconds = throttled_seconds(point.chip, counted, dynamic / chips)
+    stretch = seconds / counted
+    record |= {name: n / point.chip.clock_hz * stretch for name, n in around.items()}
     record |= {"fits": True, "cycles": cycles, "seconds": seconds, "tokens": tokens}
+    record |= {"unthrottled_seconds": counted, "throttled": seconds > counted}
     record |= {"seconds_per_token": seconds / tokens, "tokens_per_s": tokens / seconds}
     record |= _weighted(result, twice, span, tokens, parts)
-    energy = {name: parts * _mean(values, twice, span) for name, values in result.dynamic_energy_j().items()}
-    idle = point.parallel.chips * point.chip.power.idle_w * seconds
-    total_energy = sum(energy.values()) + idle
+    spent = {f"energy_{name}_j": value for name, value in energy.items()}
+    spent["idle_energy_j"] = chips * point.chip.power.idle_w * seconds
+    spent["energy_j"] = dynamic + spent["idle_energy_j"]
     record |= {
         "peak_memory_bytes": peak,
         "spilled_bytes": max(peak - room, 0) if starts else result.spilled_bytes,
-        "energy_j": total_energy,
-        "energy_j_per_token": total_energy / tokens,
-        "idle_energy_j": idle,
-        **{f"energy_{name}_j": value for name, value in energy.items()},
-        "average_power_w": total_energy / seconds,
+        **spent,
+        **{f"{name}_per_token": value / tokens for name, value in spent.items()},
+        "average_power_w": spent["energy_j"] / seconds,
+        "power_limit_w": chips * point.chip.power.limit_w,
     }
-    price = point.chip.price.per_hour_usd
-    rent = None if price is None else point.parallel.chips * price / 3600 * seconds
-    record["cost_usd_per_million_tokens"] = None if rent is None else rent / tokens * 1e6
+    record |= update_record(
+        result, twice / (2 * span), batch=ceil_div(point.batch, point.microbatches), seconds=seconds,
+        cycle_s=stretch / point.chip.clock_hz, shards=point.parallel.tp,
+        copies=point.microbatches * (point.parallel.cp if plan is None else 1),
+    )  # fmt: skip
+    rent, price = point.chip.price.per_hour_usd, point.chip.price.purchase_usd
+    record["cost_usd_per_million_tokens"] = None if rent is None else chips * rent / 3600 * seconds / tokens * 1e6
+    record["purchase_usd"] = None if price is None else chips * price
     twice_advance = result.kernel_advance() * twice[trace.step[result.lowered.kernels.lead]]
     record |= _error_bar(point, result, twice_advance, seconds)
     by_kernel = _cycles_by_kernel(result, twice_advance, span)

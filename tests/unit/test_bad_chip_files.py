@@ -174,7 +174,7 @@ CASES = [
     ("uneven_groups", "channel_groups: 2", "channel_groups: 3", "channel_groups: 3", "memories.hbm.channel_groups",
      ["3: must divide the 160 channels evenly"]),
     ("idle_above_limit", "idle: {value: 70 W", "idle: {value: 701 W", "701 W", "power.idle",
-     ["must not exceed the limit of 700 W"]),
+     ["must be below the limit of 700 W"]),
     ("price_without_date", "  as_of: 2026-05\n", "", "per_hour:", "price.as_of", ["a price needs its date"]),
     ("reupload_unpriced", "mode: free", "mode: reupload", "mode: reupload", "writability.mode",
      ["needs reupload_time or reupload_bandwidth"]),
@@ -194,7 +194,7 @@ CASES = [
     ("variant_value", "cores: {value: 114", "cores: {value: -114", "-114", "cores", ["-114: must be greater than 0"]),
     ("variant_contradiction", "power.limit: {value: 350 W", "power.limit: {value: 35 W", "idle: {value: 70 W",
      "power.idle",
-     ["70 W: must not exceed the limit of 35 W"]),
+     ["70 W: must be below the limit of 35 W"]),
     ("variant_shape", "H100-SXM5-80GB: {}", "H100-SXM5-80GB: 80 GB", "H100-SXM5-80GB: 80 GB", "variants.H100-SXM5-80GB",
      ["must map dotted paths to values"]),
     # the file as YAML

@@ -15,7 +15,7 @@ import pytest
 import ttt_sim
 from tests.unit.trace_tools import TOY, Totals, is_kind, kinds, one_call, totals
 from ttt_sim.chip import Chip
-from ttt_sim.cli import _parser
+from ttt_sim.cli import _parser, main
 from ttt_sim.config.chip_schema import CHIP
 from ttt_sim.config.fields import Choice, Field
 from ttt_sim.config.groups import Group, Items
@@ -172,6 +172,41 @@ def test_chip_example_is_complete(tmp_path: Path) -> None:
     path.write_text(block("docs/chip_files.md", "yaml", after="## A complete example"), encoding="utf-8")
     assert [finding for finding in lint_file(path) if finding.severity != "note"] == []
     assert ttt_sim.simulate(path, "toy", "ttt", ttt="toy", phase="prefill", context=160).record["fits"] is True
+
+
+def expected_output(shown: list[str], printed: list[str]) -> bool:
+    """Whether a command printed what a document shows; a line of dots stands for any number of lines."""
+    at = 0
+    anywhere = False
+    for line in shown:
+        if line == "...":
+            anywhere = True
+            continue
+        place = next((i for i in range(at, len(printed)) if printed[i] == line), None) if anywhere else at
+        if place is None or place >= len(printed) or printed[place] != line:
+            return False
+        at, anywhere = place + 1, False
+    return anywhere or at == len(printed)
+
+
+def test_adding_a_chip_shows_what_the_commands_print(tmp_path: Path, monkeypatch, capsys) -> None:
+    document = "docs/adding_a_chip.md"
+    final, mistakes = re.findall(r"```yaml\n(.*?)```", text_of(document), re.S)
+    draft = final.splitlines()
+    for line in mistakes.splitlines():
+        key = line.partition("{")[0]
+        draft[next(i for i, other in enumerate(draft) if other.startswith(key))] = line
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "l40s.yaml").write_text(final, encoding="utf-8")
+    (tmp_path / "draft" / "l40s.yaml").write_text("\n".join(draft) + "\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```console\n\$ ttt_sim ([^\n]+)\n(.*?)```", text_of(document), re.S)
+    assert len(blocks) == 4
+    for command, shown in blocks:
+        status = main(shlex.split(command))
+        printed = capsys.readouterr().out.splitlines()
+        assert expected_output(shown.splitlines(), printed), "\n".join(printed)
+        assert status == (1 if "draft" in command else 0)
 
 
 # --- TTT settings -----------------------------------------------------------------------------------------------------

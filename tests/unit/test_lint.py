@@ -1,5 +1,7 @@
 """The physics of chip files. Each finding is provoked by one override whose arithmetic is in the comment."""
 
+from datetime import date
+
 import pytest
 
 from ttt_sim.config import chip_names, load_chip
@@ -175,3 +177,130 @@ def test_non_volatile_memory_written_at_run_time_wears(tmp_path):
     (finding,) = lint_file(path)
     assert (finding.severity, finding.path) == ("warning", "memories.sram")
     assert "no endurance is given" in finding.message
+
+
+# --- contradictions between numbers that a data sheet states apart ----------------------------------------------------
+
+
+def edited(tmp_path, chip: str, *changes: tuple[str, str], today: date | None = None) -> list[Finding]:
+    """Findings on a copy of a chip file with these texts replaced."""
+    text = find("hw_configs", chip, ".yaml").read_text()
+    for old, new in changes:
+        assert text.count(old) >= 1, old
+        text = text.replace(old, new, 1)
+    path = tmp_path / f"{chip}.yaml"
+    path.write_text(text)
+    return lint_file(path, today)
+
+
+LINKS = "mapping:\n"
+
+
+def link(name: str, topology: str, more: str = "") -> str:
+    return (
+        f"links:\n  - name: {name}\n    topology: {topology}\n"
+        f"    bandwidth: {{value: 64 GB/s, source: example, certainty: high}}\n{more}{LINKS}"
+    )
+
+
+def test_the_least_certain_number_is_named(tmp_path):
+    change = (
+        "read_bandwidth: {value: 64 GB/s, source: example, certainty: high",
+        "read_bandwidth: {value: 80 GB/s, source: example, certainty: medium",
+    )
+    (finding,) = edited(tmp_path, "tiny_turnaround", change)
+    assert "2 channels x 32 GB/s = 64 GB/s, but read_bandwidth is 80 GB/s" in finding.message
+    assert finding.message.endswith("; least certain (medium): memories.hbm.read_bandwidth")
+    (finding,) = edited(tmp_path, "tiny_turnaround", (change[0], change[1].replace("medium", "high")))
+    assert "; all of high certainty: memories.hbm.read_bandwidth, " in finding.message
+
+
+BACKING = """memories:  # outermost first
+  - name: ddr
+    scope: backing
+    capacity: {{value: 4 GiB, source: example, certainty: high}}
+    read_bandwidth: {{value: {rate} GB/s, source: example, certainty: low}}
+    read_energy: {{value: 50 pJ/byte, source: example, certainty: high}}
+"""
+
+
+def test_a_backing_memory_is_slower_than_the_main_memory(tmp_path):
+    memories = "memories:  # outermost first\n"
+    assert [f.severity for f in edited(tmp_path, "tiny_gpu", (memories, BACKING.format(rate=32)))] == ["note"]
+    first, note = edited(tmp_path, "tiny_gpu", (memories, BACKING.format(rate=65)))
+    assert (first.severity, first.path, note.path) == ("warning", "memories.ddr.read_bandwidth", "sources")
+    assert "65 GB/s is more than that of 'hbm', which it backs (64 GB/s)" in first.message
+    assert "least certain (low): memories.ddr.read_bandwidth" in first.message
+
+
+def test_neighbours_need_links_of_their_own(tmp_path):
+    peers = "    peers: {value: 7, source: example, certainty: high}\n"
+    count = "    count: {value: 7, source: example, certainty: high}\n"
+    (finding,) = edited(tmp_path, "tiny_gpu", (LINKS, link("fabric", "point_to_point", peers)))
+    assert (finding.severity, finding.path) == ("warning", "links.fabric.peers")
+    assert "7 chips on a point_to_point without a count of links: one link of 64 GB/s is taken" in finding.message
+    assert edited(tmp_path, "tiny_gpu", (LINKS, link("fabric", "point_to_point", peers + count))) == []
+    assert edited(tmp_path, "tiny_gpu", (LINKS, link("fabric", "switch", peers))) == []  # one port reaches all
+
+
+@pytest.mark.parametrize(("rate", "errors"), [(67, 0), (69, 1)])  # 64 GB/s: 4.7 % and 7.8 % more
+def test_a_reupload_passes_the_link_to_the_host(tmp_path, rate, errors):
+    upload = f"reupload\n  reupload_bandwidth: {{value: {rate} GB/s, source: example, certainty: low}}"
+    found = edited(tmp_path, "tiny_gpu", (LINKS, link("pcie", "host")), ("mode: free", f"mode: {upload}"))
+    about = [finding for finding in found if finding.path == "writability.reupload_bandwidth"]
+    assert [finding.severity for finding in about] == ["error"] * errors
+    for finding in about:
+        assert "69 GB/s, but the fastest link to the host, 'pcie', carries 64 GB/s" in finding.message
+        assert "least certain (low): writability.reupload_bandwidth" in finding.message
+
+
+def test_volatile_memory_of_free_stores_does_not_wear(tmp_path):
+    worn = "  - name: l2\n    volatile: {}\n    endurance: {{value: 1e6, source: example, certainty: high}}\n"
+    (finding,) = edited(tmp_path, "tiny_gpu", ("  - name: l2\n", worn.format("true")))
+    assert (finding.severity, finding.path) == ("warning", "memories.l2.endurance")
+    assert "1e+06 writes, but the memory is volatile and its mode is free" in finding.message
+    assert edited(tmp_path, "tiny_gpu", ("  - name: l2\n", worn.format("false"))) == []
+
+
+def test_an_array_holds_what_its_cells_do(tmp_path):
+    # 4 arrays of 1024 x 256 cells hold 1 MiB of 8 bits or 2 MiB of 16: the L2 of 1 MiB is that of fp8
+    def with_rows(rows: int) -> list[Finding]:
+        old = "dataflow: output_stationary\n    geometry: {rows: 16, cols: 16, depth: 16}"
+        new = f"dataflow: in_array\n    geometry: {{rows: {rows}, cols: 256}}"
+        tiles = ("    tiles: [[64, 64], [32, 32], [16, 16]]\n", "")
+        found = edited(tmp_path, "tiny_gpu", (old, new), tiles, ("kind: example", "kind: digital_imc"))
+        return [finding for finding in found if finding.path.startswith("compute.")]
+
+    assert with_rows(1024) == with_rows(512) == []  # half as many cells hold 1 MiB of bf16
+    (finding,) = with_rows(300)
+    assert (finding.severity, finding.path) == ("note", "compute.tensor_core.geometry")
+    assert "4 arrays x 300 x 256 cells hold 600 KiB of bf16, 300 KiB of fp8; no memory has" in finding.message
+    assert "hbm 1 GiB, l2 1 MiB, scratchpad 256 KiB" in finding.message
+
+
+def test_a_row_is_whole_writes(tmp_path):
+    rows = (
+        "    row_size: {{value: 1 KiB, source: example, certainty: high}}\n"
+        "    write_granularity: {{value: {} B, source: example, certainty: medium}}\n"
+    )
+    assert edited(tmp_path, "tiny_gpu", ("    shared_bus: true\n", "    shared_bus: true\n" + rows.format(64))) == []
+    (finding,) = edited(tmp_path, "tiny_gpu", ("    shared_bus: true\n", "    shared_bus: true\n" + rows.format(48)))
+    assert (finding.severity, finding.path) == ("warning", "memories.hbm.write_granularity")
+    assert "48 B does not divide row_size, 1 KiB" in finding.message
+    assert "least certain (medium): memories.hbm.write_granularity" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("as_of", "today", "old"),
+    [
+        ("2024-05-03", date(2026, 5, 3), False), ("2024-05-03", date(2026, 5, 4), True),
+        ("2024-05", date(2026, 5, 31), False), ("2024-05", date(2026, 6, 1), True),
+        ("'2024'", date(2026, 12, 31), False), ("'2024'", date(2027, 1, 1), True),
+    ],
+)  # fmt: skip
+def test_prices_age(tmp_path, as_of, today, old):
+    changes = (("as_of: 2026-01", f"as_of: {as_of}"), ("kind: example", "kind: gpu"))
+    found = [f for f in edited(tmp_path, "tiny_gpu", *changes, today=today) if f.path == "price.per_hour"]
+    assert [f.severity for f in found] == ["note"] * old
+    for finding in found:
+        assert f"as of {as_of.strip(chr(39))}, more than 2 years ago" in finding.message

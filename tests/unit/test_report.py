@@ -420,6 +420,33 @@ def test_answers_say_what_does_not_fit(data):
     assert any(line.startswith("4 of 48 points do not fit one chip") for line in answers(data))
 
 
+def test_one_update_and_wear_are_told(data):
+    assert not any("One update" in line for line in answers(data))
+    fast = data.points["method"].isin(["ttt_window"]) & data.points["fits"].astype(bool)
+    columns = {"update_seconds": 1e-3, "update_energy_j": 0.05, "update_read_bytes": 2**20, "update_write_bytes": 2**19}
+    points = data.points.assign(**{name: np.where(fast, value, np.nan) for name, value in columns.items()})
+    points["lifetime_days"], points["lifetime_limited_by"] = np.where(fast, 3.0, np.nan), "fast_weight in cells"
+    lines = [line for line in answers(replace(data, points=points)) if line.startswith("One update")]
+    assert len(lines) == len(data.headlines)
+    for line in lines:
+        assert "TTT + window" in line
+        assert line.endswith("1 ms, 50 mJ, 1 MiB read and 512 KiB written (fast_weight in cells lasts 3 days of this).")
+
+
+def test_throttled_points_are_named(data):
+    assert not any("power limit" in line for line in answers(data))
+    points = data.points.assign(throttled=False, power_limit_w=350.0)
+    points["unthrottled_seconds"] = pd.to_numeric(points["seconds"])
+    first = points.index[points["fits"].astype(bool) & (points["method"] == "kv")][0]
+    points.loc[first, "throttled"] = True
+    points.loc[first, "unthrottled_seconds"] /= 1.25
+    (line,) = [line for line in answers(replace(data, points=points)) if "power limit" in line]
+    assert line.startswith(
+        "1 of 48 points run at the power limit of 350 W and take longer for it; the most slowed is KV"
+    )
+    assert line.endswith("1.25 times its time without a limit.")
+
+
 def test_time_rows_have_a_cell_per_method_and_mark_what_does_not_fit(data):
     rows = time_rows(data, "decode")
     assert [(r.batch, r.context_tokens) for r in rows] == list(itertools.product(BATCHES, CONTEXTS))

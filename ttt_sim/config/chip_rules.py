@@ -151,8 +151,11 @@ def _check_hierarchy(memories: list[Values], compute: list[Values], reader: Read
 
 
 def _check_power(power: Values | None, reader: Reader) -> None:
-    if power and power["idle"] is not None and power["limit"] is not None and power["idle"] > power["limit"]:
-        reader.refuse("power.idle", f"{power['idle']:g} W: must not exceed the limit of {power['limit']:g} W")
+    if power and power["idle"] is not None and power["limit"] is not None and power["idle"] >= power["limit"]:
+        reader.refuse(
+            "power.idle",
+            f"{power['idle']:g} W: must be below the limit of {power['limit']:g} W, or nothing is left to work with",
+        )
 
 
 def _check_price(price: Values | None, reader: Reader) -> None:

@@ -203,6 +203,7 @@ def emit(chip: Chip, kernels: Kernels, work: KernelWork, needs_main: BoolArray, 
     nbytes[:, READ], nbytes[:, WRITE], nbytes[:, CACHE] = work.main_read_bytes, work.main_write_bytes, work.cache_bytes
     nbytes[:, CACHE] *= work.cycles[:, CACHE] > 0
     nbytes[:, FAR] = work.far_read_bytes + work.far_write_bytes
+    nbytes[:, LINK] = work.link_bytes.sum(axis=1)
     flops_level = np.where(work.cycles[:, MATRIX] > 0, MATRIX, VECTOR)
 
     all_kernels = np.arange(n, dtype=np.int64)

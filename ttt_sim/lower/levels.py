@@ -17,8 +17,9 @@ from ttt_sim.lower.spill import part_of
 from ttt_sim.lower.tiles import AttentionWork, TileWork, flops_per_cycle
 from ttt_sim.lower.traffic import MAIN, Traffic, usable_cache_bytes
 from ttt_sim.lower.work import CACHE, FAR, LEVELS, LINK, MATRIX, READ, SPECIAL, VECTOR, WRITE, KernelWork, OpTiles
-from ttt_sim.lower.writes import reupload_cycles
+from ttt_sim.lower.writes import reupload_bytes, reupload_cycles
 from ttt_sim.ops import KIND, OP_KINDS, IntArray, OpClass, Trace, lane_ops, op_classes, owners, total_by
+from ttt_sim.units import ceil_div
 
 #: Bytes of operands that one core streams per pipeline step of a row-wise kernel.
 STREAM_STEP_BYTES = 16 * 1024
@@ -57,7 +58,7 @@ def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: W
     """
     n, main = kernels.n, chip.main_memory
     share = stream_share(trace, chip, kernels)
-    _collectives(trace, chip, kernels, work)
+    link_bytes = _collectives(trace, chip, kernels, work)
 
     # Row-wise ops stream what they exchange with the cache once.
     op_class = op_classes(trace)
@@ -90,7 +91,10 @@ def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: W
         cycles[:, FAR] = far_cycles(chip, chip.backing, far_read_bytes, traffic.far_write_bytes)
         for far, write in ((traffic.read_far_bytes, False), (traffic.write_far_bytes, True)):
             cycles[:, FAR] += _transfer_starts(trace, chip, kernels, chip.backing, far > 0, write=write)
-    cycles[:, LINK] = work["link"] + reupload_cycles(trace, chip, kernels.of_op, n)
+    uploaded = reupload_bytes(trace, chip, kernels.of_op, n)
+    cycles[:, LINK] = work["link"] + reupload_cycles(chip, uploaded)
+    for i in [i for i, link in enumerate(chip.links) if link.topology == "host"][:1]:
+        link_bytes[:, i] += uploaded
     if chip.cache is not None and chip.cache is not main:
         cycles[:, CACHE] = transfer_cycles(chip, chip.cache, work["cache_bytes"], write=False)
     cycles[:, MATRIX] = work["matrix"]
@@ -121,6 +125,7 @@ def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: W
         flops=flops,
         lane_ops=lanes,
         special_ops=special_ops,
+        link_bytes=link_bytes,
         launch_cycles=launch,
         row=_rows(trace, kernels),
         tile_rows=work["rows"],
@@ -184,20 +189,33 @@ def _transfer_starts(
     return rounds * chip.cycles(memory.transfer_start_s)
 
 
-def _collectives(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> None:
+def _collectives(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> IntArray:
     """Transfers between chips, each over the nearest link that reaches all its partners (see :func:`link_to`).
+
+    Returns the bytes that this chip sends, (n_kernels, n_links).
 
     Raises:
         UnsupportedError: the chip has no link that reaches so many others.
     """
+    sent = np.zeros((kernels.n, len(chip.links)), dtype=np.int64)
     ops = np.flatnonzero(op_classes(trace) == int(OpClass.COLLECTIVE))
     for op in ops:
         ranks = int(trace.heads[op])
         link = link_to(chip, max(ranks, int(trace.kv_heads[op])) - 1)
         nbytes = int(trace.read_bytes[trace.read_ptr[op] : trace.read_ptr[op + 1]].sum())
         kernel = kernels.of_op[op]
-        work["link"][kernel] += chip.cycles(transfer_seconds(link, OP_KINDS[int(trace.kind[op])].name, nbytes, ranks))
+        kind = OP_KINDS[int(trace.kind[op])].name
+        work["link"][kernel] += chip.cycles(transfer_seconds(link, kind, nbytes, ranks))
         work["steps"][kernel] += 1
+        sent[kernel, chip.links.index(link)] += sent_bytes(kind, nbytes, ranks)
+    return sent
+
+
+def sent_bytes(kind: str, nbytes: int, ranks: int) -> int:
+    """Bytes that a chip sends in a transfer to which it gives ``nbytes``; kinds as of :func:`transfer_seconds`."""
+    if kind == "allreduce":
+        return ceil_div(2 * (ranks - 1) * nbytes, ranks)
+    return (ranks - 1) * nbytes if kind == "allgather" else nbytes
 
 
 def link_to(chip: Chip, partners: int) -> Link:

@@ -25,7 +25,7 @@ from ttt_sim.chip import Chip
 from ttt_sim.errors import CapacityError
 from ttt_sim.lower.kernels import Kernels
 from ttt_sim.lower.placement import pinned_names, place
-from ttt_sim.lower.writes import padding_bytes, reupload_cycles
+from ttt_sim.lower.writes import padding_bytes, reupload_bytes
 from ttt_sim.ops import TEMPORARY_ROLES, IntArray, Role, Trace, owners, total_by, version_slots
 from ttt_sim.units import format_bytes
 
@@ -157,7 +157,7 @@ def resolve_traffic(trace: Trace, chip: Chip, kernels: Kernels) -> Traffic:
     on_chip += per_kernel(write_kernel, trace.write_bytes, write_place <= CACHED)
     needs_main = np.zeros(kernels.n, dtype=np.bool_)
     needs_main[read_kernel[(read_place == MAIN) & made]] = True
-    needs_main |= np.r_[False, reupload_cycles(trace, chip, kernels.of_op, kernels.n)[:-1] > 0][: kernels.n]
+    needs_main |= np.r_[False, reupload_bytes(trace, chip, kernels.of_op, kernels.n)[:-1] > 0][: kernels.n]
     return Traffic(
         read_place=read_place,
         write_place=write_place,

@@ -42,6 +42,7 @@ class KernelWork:
     both, beyond one pass, and ``far_restream_bytes`` of those of the backing memory alone; ``cache_bytes`` through the
     shared cache; ``staged_bytes`` of the writes, operands put into arrays for one product;
     ``core_bytes`` inside scratchpads; ``flops``; ``lane_ops`` without the special ones; ``special_ops``;
+    ``link_bytes`` (n_kernels, n_links) that this chip sends over each link of its file, or is sent by the host;
     ``launch_cycles`` before the kernel; ``row`` DRAM row that stands for its operands;
     ``tile_rows, tile_cols, split, items, waves`` of its largest tiled op, 0 without one; ``on_lanes``
     (n_ops,) products that run on vector lanes; ``op_tiles`` of every op.
@@ -61,6 +62,7 @@ class KernelWork:
     flops: IntArray
     lane_ops: IntArray
     special_ops: IntArray
+    link_bytes: IntArray
     launch_cycles: IntArray
     row: IntArray
     tile_rows: IntArray

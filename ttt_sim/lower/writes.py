@@ -64,20 +64,25 @@ def padding_bytes(trace: Trace, chip: Chip) -> IntArray:
     return np.where(grows & (trace.write_bytes > 0) & (trace.write_bytes < size), padded, 0)
 
 
-def reupload_cycles(trace: Trace, chip: Chip, of_op: IntArray, n: int) -> IntArray:
-    """Cycles in which each of ``n`` kernels loads weights through the host, 0 but in mode ``reupload``."""
-    rules = chip.writability
-    if rules.mode != "reupload":
+def reupload_bytes(trace: Trace, chip: Chip, of_op: IntArray, n: int) -> IntArray:
+    """Bytes that each of ``n`` kernels loads through the host, 0 but in mode ``reupload``."""
+    if chip.writability.mode != "reupload":
         return np.zeros(n, dtype=np.int64)
     fast = np.array([tensor.role == Role.FAST_WEIGHT for tensor in trace.tensors], dtype=np.bool_)
     kernel = of_op[owners(trace.write_ptr)]
     chosen = fast[trace.write_tensor]
     nbytes = total_by(kernel[chosen], trace.write_bytes[chosen], n)
-    if rules.granularity == "device":
+    if chip.writability.granularity == "device":
         resident = sum(t.nbytes for t in trace.tensors if t.role in (Role.WEIGHT, Role.FAST_WEIGHT))
         nbytes = np.where(nbytes > 0, resident, 0)
+    return nbytes
+
+
+def reupload_cycles(chip: Chip, nbytes: IntArray) -> IntArray:
+    """Cycles of kernels that load ``nbytes`` through the host, 0 for none."""
+    rules = chip.writability
     fixed = chip.cycles(rules.reupload_s)
-    moved = np.zeros(n, dtype=np.int64)
+    moved = np.zeros_like(nbytes)
     if rules.reupload_bytes_per_s:
         moved = np.ceil(nbytes / (rules.reupload_bytes_per_s / chip.clock_hz)).astype(np.int64)
     return np.where(nbytes > 0, fixed + moved, 0)

@@ -17,7 +17,7 @@ from ttt_sim.report.data import (
     tokens_label,
 )
 from ttt_sim.report.names import kernel_group, method_title, short_parameter, three_digits
-from ttt_sim.units import format_bytes, format_seconds
+from ttt_sim.units import format_bytes, format_seconds, format_si
 
 BASELINE = "kv"
 
@@ -44,7 +44,45 @@ def answers(data: ReportData) -> list[str]:
             f"{tokens_label(smallest['context_tokens'])} tokens, batch {smallest['batch']}, "
             f"which needs {chips_text(smallest['chips_needed'])}."
         )
-    return out + _certainty(data)
+    return out + _throttled(data) + _updates(data) + _certainty(data)
+
+
+def _updates(data: ReportData) -> list[str]:
+    """What one update costs at the headline points, and how long memory that wears out lasts there."""
+    if "update_seconds" not in data.points:
+        return []
+    out = []
+    for phase, at in data.headlines.items():
+        rows = fitting(select(data.points, phase=phase, context_tokens=at.context_tokens, batch=at.batch))
+        parts = []
+        for row in rows[rows["update_seconds"].notna()].to_dict("records"):
+            read, written = (format_bytes(float(row[f"update_{way}_bytes"])) for way in ("read", "write"))
+            spent = f"{seconds_text(float(row['update_seconds']))}, {format_si(float(row['update_energy_j']), 'J')}"
+            text = f"{method_title(data, str(row['method']))}: {spent}, {read} read and {written} written"
+            if not pd.isna(row["lifetime_days"]):
+                lasts = format_seconds(float(row["lifetime_days"]) * 86400)
+                text += f" ({row['lifetime_limited_by']} lasts {lasts} of this)"
+            parts.append(text)
+        if parts:
+            out.append(f"One update of one layer and sequence, {phase}: {'; '.join(parts)}.")
+    return out
+
+
+def _throttled(data: ReportData) -> list[str]:
+    """Points that the power limit slows down, and the one that it slows most."""
+    if "throttled" not in data.points:
+        return []
+    held = select(fitting(data.points), throttled=True)
+    if not len(held):
+        return []
+    slower = numbers(held, "seconds") / numbers(held, "unthrottled_seconds")
+    most = held.iloc[int(slower.argmax())]
+    return [
+        f"{len(held)} of {len(data.points)} points run at the power limit of {float(most['power_limit_w']):g} W and "
+        f"take longer for it; the most slowed is {method_title(data, str(most['method']))}, {most['phase']} at "
+        f"{tokens_label(most['context_tokens'])} tokens, batch {most['batch']}, {float(slower.max()):.2f} times its "
+        "time without a limit."
+    ]
 
 
 def _system(data: ReportData) -> list[str]:
