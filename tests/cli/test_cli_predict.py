@@ -87,10 +87,13 @@ def test_mistakes_end_with_a_message(arguments: tuple[str, ...], message: str, t
 
 
 def test_validate_without_data_uses_published_figures(tmp_path: Path) -> None:
-    text = succeed("validate", cwd=tmp_path)
-    assert "github:NVIDIA/TensorRT-LLM" in text
-    assert "A100 and H100: " in text
+    text = succeed("validate", "--out", "figures", cwd=tmp_path)
+    for words in ("github:NVIDIA/TensorRT-LLM", "A100 and H100: ", "GPUs: median error ", "no published figure"):
+        assert words in text
     assert "EXCEEDED" not in text
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "summary.json", "published.csv", "validate_published.png", "validate_published.svg",
+    }  # fmt: skip
 
 
 def test_validate_fails_beyond_a_tolerance_and_draws_figures(tmp_path: Path) -> None:

@@ -21,9 +21,8 @@ from ttt_sim.predict.models import MODELS, parts_of
 from ttt_sim.predict.nearest import MEASURED_ROWS, TTT_OPS, nearest
 from ttt_sim.predict.predictions import Devices, predict_rows, to_csv
 from ttt_sim.predict.predictor import simulate_steps
-from ttt_sim.predict.published import published_rows
 from ttt_sim.predict.rows import OPERATORS, OPS, SCHEMA, WHOLE_COLUMNS, Row, parse_rows
-from ttt_sim.predict.validation import fold_of, rank_correlation, two_numbers, validate
+from ttt_sim.predict.validation import fold_of, rank_correlation, two_numbers
 from ttt_sim.predict.workloads import product_step, step_of
 from ttt_sim.simulation import simulate_trace
 from ttt_sim.workload import METHODS, build_trace
@@ -287,13 +286,6 @@ def test_two_numbers_find_floor_and_slope() -> None:
     made = [replace(row, latency_us=10 + 2 * x) for row, x in zip(made, roof, strict=True)]
     assert len({fold_of(row) for row in made}) > 1
     assert two_numbers(made, roof) == pytest.approx(10 + 2 * roof, rel=0.02)
-
-
-def test_published_figures_are_near() -> None:
-    result = validate(published_rows(), Devices())
-    assert not result.left_out
-    assert all(0.6 < (p.ratio or 0) < 1.6 for p in result.predictions)
-    assert all("github" in p.row.source for p in result.predictions)
 
 
 def test_measured_rows_of_the_project_are_near() -> None:

@@ -46,6 +46,8 @@ MODELS: Mapping[str, ModelShape] = {
     "Llama-2-7b": _shape("32 4096 11008 32 32 128 32000"),
     "Llama-2-13b": _shape("40 5120 13824 40 40 128 32000"),
     "Llama-2-70b": _shape("80 8192 28672 64 8 128 32000"),
+    "Llama-3.2-1B": _shape("16 2048 8192 32 8 64 128256"),
+    "Llama-3.2-3B": _shape("28 3072 8192 24 8 128 128256"),
     "Llama-3-8B": _shape("32 4096 14336 32 8 128 128256"),
     "Llama-3-70B": _shape("80 8192 28672 64 8 128 128256"),
     "Llama-3.1-405B": _shape("126 16384 53248 128 8 128 128256"),
@@ -53,12 +55,42 @@ MODELS: Mapping[str, ModelShape] = {
     "Qwen2-7B": _shape("28 3584 18944 28 4 128 152064"),
     "Qwen2-72B": _shape("80 8192 29568 64 8 128 152064"),
     "Qwen3-32B": _shape("64 5120 25600 64 8 128 151936"),
+    "Granite-3B-14": _shape("14 4096 14336 32 8 128 49152"),  # the first 14 layers of Granite-8B-Code
     "opt_13": _shape("24 2048 8192 32 32 64 50272", gated=False),
     "gpt3_xl": _shape("24 3072 12288 24 24 128 50257", gated=False),
     "gpt3_27": _shape("32 2560 10240 32 32 80 50257", gated=False),
     "gpt2_large": _shape("36 1280 5120 20 20 64 50257", gated=False),
     "bert_large": _shape("24 1024 4096 16 16 64 30522", gated=False, causal=False),
 }
+
+
+#: Bits of a stored weight where a block of them shares a scale, in halves of a bit: 32 four-bit weights and 16 bits
+#: (q4, as ggml's q4_0), 16 four-bit floats and 8 bits (nvfp4).
+BLOCK_HALF_BITS: Mapping[str, int] = {"q4": 9, "nvfp4": 9}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Formats:
+    """Number formats of a model: ``product`` of the operands that the matrix units multiply, ``weights`` as stored (a
+    format or one of :data:`BLOCK_HALF_BITS`), ``act`` of activations, attention and the head, ``kv`` of stored keys and
+    values."""
+
+    product: str
+    weights: str
+    act: str
+    kv: str
+
+    @classmethod
+    def of(cls, dtype: str) -> Formats:
+        """Weights and products in ``dtype``; activations, keys and values of 8 and 4 bit models have 16 bits."""
+        act = dtype if dtype in ("fp32", "fp16", "bf16") else "bf16"
+        return cls(product=dtype, weights=dtype, act=act, kv=act)
+
+
+def weight_bytes(elements: int, stored: str) -> int:
+    """Bytes of ``elements`` stored weights, scales of blocks included."""
+    half_bits = BLOCK_HALF_BITS.get(stored)
+    return size(elements, stored) if half_bits is None else ceil_div(elements * half_bits, 16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,16 +134,19 @@ def split_by(model: ModelShape, tp: int) -> None:
 
 
 def layer_step(
-    model: ModelShape, *, batch: int, tokens: int, before: int, dtype: str, tp: int, eager: bool = False
-) -> Step:
+    model: ModelShape, *, batch: int, tokens: int, before: int, formats: Formats, tp: int, eager: bool = False,
+    padded: bool = False,
+) -> Step:  # fmt: skip
     """One layer on one of ``tp`` chips: ``tokens`` new tokens of each of ``batch`` sequences after ``before``.
 
-    ``dtype`` is that of weights; activations of 8 and 4 bit models, keys and values have 16 bits.
+    ``padded``: heads and MLP columns that do not divide evenly are rounded up on every chip; refused otherwise.
     """
-    split_by(model, tp)
-    act = dtype if dtype in ("fp32", "fp16", "bf16") else "bf16"
-    rows, d, f = batch * tokens, model.d_model, model.d_ff // tp
-    heads, kv_heads = model.n_heads // tp, max(model.n_kv_heads // tp, 1)
+    if not padded:
+        split_by(model, tp)
+    act = formats.act
+    rows, d, f = batch * tokens, model.d_model, ceil_div(model.d_ff, tp)
+    kv_heads = ceil_div(model.n_kv_heads, tp)
+    heads = ceil_div(ceil_div(model.n_heads, tp), kv_heads) * kv_heads
     q_width, kv_width = heads * model.head_dim, kv_heads * model.head_dim
     keys = before + tokens
     ops: list[OpSpec] = []
@@ -125,8 +160,8 @@ def layer_step(
 
     def product(kind: str, source: str, k: int, n: int, write: str) -> None:
         a = act_of(source, k)
-        weight = Operand(f"{write}.weight", size(n * k, dtype), Role.WEIGHT)
-        ops.append(OpSpec(kind, dtype, rows, n, k, reads=(a, weight), writes=(act_of(write, n),)))
+        weight = Operand(f"{write}.weight", weight_bytes(n * k, formats.weights), Role.WEIGHT)
+        ops.append(OpSpec(kind, formats.product, rows, n, k, reads=(a, weight), writes=(act_of(write, n),)))
 
     def reduce(name: str) -> str:
         if tp == 1:
@@ -150,11 +185,11 @@ def layer_step(
             )
         )  # fmt: skip
     q_name, k_name = ("q_rot", "k_rot") if model.gated else ("q", "k")
-    kv = Operand("kv", size(2 * batch * keys * kv_width, act), Role.KV)
+    kv = Operand("kv", size(2 * batch * keys * kv_width, formats.kv), Role.KV)
     flash = [
         OpSpec(
             "kv_append", act, rows, 2 * kv_width, reads=(act_of(k_name, kv_width), act_of("v", kv_width)),
-            writes=(Operand("fresh", size(2 * rows * kv_width, act), Role.GRADIENT),),
+            writes=(Operand("kv", size(2 * rows * kv_width, formats.kv), Role.KV),),
         ),
         OpSpec(
             "attention", act, tokens, keys, model.head_dim, batch, heads, kv_heads,
@@ -190,9 +225,8 @@ def layer_step(
     return tuple(ops)
 
 
-def head_step(model: ModelShape, *, rows: int, dtype: str, tp: int) -> Step:
-    """Final norm and language-model head on ``rows`` rows; 16 bits in 8 and 4 bit models."""
-    act = dtype if dtype in ("fp32", "fp16", "bf16") else "bf16"
+def head_step(model: ModelShape, *, rows: int, act: str, tp: int) -> Step:
+    """Final norm and language-model head on ``rows`` rows, in the format of activations."""
     d, n = model.d_model, ceil_div(model.vocab, tp)
     normed = Operand("normed", size(rows * d, act))
     return (
@@ -204,11 +238,23 @@ def head_step(model: ModelShape, *, rows: int, dtype: str, tp: int) -> Step:
     )  # fmt: skip
 
 
-def _call(
-    model: ModelShape, *, batch: int, tokens: int, before: int, dtype: str, tp: int, logits: int, eager: bool = False
+def call_parts(
+    model: ModelShape,
+    *,
+    batch: int,
+    tokens: int,
+    before: int,
+    formats: Formats,
+    tp: int,
+    logits: int,
+    eager: bool = False,
+    padded: bool = False,
 ) -> list[Part]:
-    layer = layer_step(model, batch=batch, tokens=tokens, before=before, dtype=dtype, tp=tp, eager=eager)
-    return [Part(layer, model.n_layers), Part(head_step(model, rows=logits, dtype=dtype, tp=tp), 1)]
+    """One call of a model: all layers, and the head on ``logits`` rows."""
+    layer = layer_step(
+        model, batch=batch, tokens=tokens, before=before, formats=formats, tp=tp, eager=eager, padded=padded
+    )
+    return [Part(layer, model.n_layers), Part(head_step(model, rows=logits, act=formats.act, tp=tp), 1)]
 
 
 def parts_of(row: Row) -> tuple[list[Part], float]:
@@ -218,7 +264,7 @@ def parts_of(row: Row) -> tuple[list[Part], float]:
     (closed loop at a fixed concurrency) also holds the prefills that run between decode steps: each of ``batch``
     requests brings one prompt per ``out_len`` steps.
     """
-    model, dtype = MODELS[row.model], ROW_DTYPES[row.dtype]
+    model, formats = MODELS[row.model], Formats.of(ROW_DTYPES[row.dtype])
     serving = serving_of(row)
     batch, tp = row.batch, row.tp
     per_step = serving.step_us + batch * serving.sequence_us
@@ -228,12 +274,12 @@ def parts_of(row: Row) -> tuple[list[Part], float]:
 
     if row.op in ("e2e_prefill", "e2e_train_step"):
         logits = batch * (row.context if row.dtype == "fp32" else 1)
-        parts = _call(
+        parts = call_parts(
             model,
             batch=batch,
             tokens=row.context,
             before=0,
-            dtype=dtype,
+            formats=formats,
             tp=tp,
             logits=logits,
             eager="eager" in row.software,
@@ -241,13 +287,15 @@ def parts_of(row: Row) -> tuple[list[Part], float]:
         # A backward pass does the products twice, for its inputs and for its weights.
         return (scaled(parts, 3.0), per_step) if row.op == "e2e_train_step" else (parts, per_step)
     if row.op == "e2e_generate":
-        prefill = _call(model, batch=batch, tokens=row.context, before=0, dtype=dtype, tp=tp, logits=batch)
+        prefill = call_parts(model, batch=batch, tokens=row.context, before=0, formats=formats, tp=tp, logits=batch)
         mean = row.context + row.out_len // 2
-        decode = _call(model, batch=batch, tokens=1, before=mean, dtype=dtype, tp=tp, logits=batch)
+        decode = call_parts(model, batch=batch, tokens=1, before=mean, formats=formats, tp=tp, logits=batch)
         return [*prefill, *scaled(decode, row.out_len)], per_step * (row.out_len + 1)
-    decode = _call(model, batch=batch, tokens=1, before=max(row.context - 1, 0), dtype=dtype, tp=tp, logits=batch)
+    decode = call_parts(
+        model, batch=batch, tokens=1, before=max(row.context - 1, 0), formats=formats, tp=tp, logits=batch
+    )
     if row.out_len and "closed-loop" in row.note:
         prompt = max(row.context - row.out_len // 2, 1)
-        prefill = _call(model, batch=1, tokens=prompt, before=0, dtype=dtype, tp=tp, logits=1)
+        prefill = call_parts(model, batch=1, tokens=prompt, before=0, formats=formats, tp=tp, logits=1)
         return [*decode, *scaled(prefill, batch / row.out_len)], per_step
     return decode, per_step

@@ -234,6 +234,10 @@ def trace_of(steps: Sequence[Step]) -> Trace:
 def _add_step(columns: _Columns, index: int, step: Step) -> None:
     numbers: dict[str, int] = {}
     versions: dict[str, int] = {}
+    largest: dict[str, int] = {}
+    for op in step:
+        for operand in (*op.reads, *op.writes):
+            largest[operand.name] = max(largest.get(operand.name, 0), operand.nbytes)
 
     def place(operand: Operand, *, written: bool) -> tuple[int, int, int]:
         name = operand.name
@@ -243,7 +247,7 @@ def _add_step(columns: _Columns, index: int, step: Step) -> None:
             full = f"{index}.{name}"
             columns.tensors.append(
                 Tensor(
-                    name=full, shape=(operand.nbytes,), dtype="int8", role=operand.role, nbytes=operand.nbytes,
+                    name=full, shape=(largest[name],), dtype="int8", role=operand.role, nbytes=largest[name],
                     initial_version=versions[name], in_place=operand.role == Role.FAST_WEIGHT,
                 )
             )  # fmt: skip

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ttt_sim.chip import Chip
+from ttt_sim.config import load_chip
 from ttt_sim.config.chip_file import read_chip_file, split_variant
 from ttt_sim.data_files import did_you_mean, write_whole
 from ttt_sim.errors import ConfigError
@@ -23,13 +24,16 @@ from ttt_sim.predict.harness import DEFAULT_HARNESS, GROUP_OF_OP, HARNESSES
 from ttt_sim.predict.models import MODELS
 from ttt_sim.predict.nearest import TTT_OPS, nearest
 from ttt_sim.predict.predictions import Devices, Prediction, predict_rows, raise_problems, to_csv
-from ttt_sim.predict.published import published_rows
+from ttt_sim.predict.published import read_cases
 from ttt_sim.predict.rows import OPERATORS, ROW_DTYPES, Row, RowFile, parse_rows, read_rows
-from ttt_sim.predict.tolerances import MEASURED, PUBLISHED, Tolerance
+from ttt_sim.predict.serving import predict_case
+from ttt_sim.predict.tolerances import MEASURED, Tolerance
 from ttt_sim.predict.validation import Line, Validation, apart, held_out_coverage, read_folder, validate
 from ttt_sim.report.figures import save_figure, write_table
+from ttt_sim.report.figures_published import published_figure
 from ttt_sim.report.figures_validation import validation_figures
 from ttt_sim.report.folder import check_out, replaced_folder, write_summary
+from ttt_sim.report.published import judged, published_frame, published_lines, real_chips
 from ttt_sim.report.style import RC
 
 EXIT_FAILED = 1
@@ -95,30 +99,46 @@ def validate_command(data: Path | None, out: Path | None, *, refit: bool) -> int
     devices = Devices()
     if out is not None:
         check_out(out)
-    if refit and data is None:
-        raise ConfigError("--refit needs measured rows, give their folder with --data")
     if data is None:
-        result, tolerances = validate(published_rows(), devices), PUBLISHED
-        print("Published whole-model figures (no --data given):")
-        _print_published(result)
-    else:
-        rows, problems = read_folder(data)
-        result, tolerances = validate(rows, devices, problems), MEASURED
-        if not result.predictions:
-            raise_problems(result.left_out)
-            raise ConfigError(f"{data}: has no rows with a latency_us")
-    _print_lines(result.lines)
-    if data is not None:
-        coverage = held_out_coverage(result.predictions)
-        print("\nShare of held-out rows inside their 80 % interval:")
-        print("  " + ", ".join(f"{op} {share:.0f} %" for op, share in sorted(coverage.items())))
         if refit:
-            _print_refits(result, devices)
-        _print_worst(result)
-        _print_left_out(result.left_out)
+            raise ConfigError("--refit needs measured rows, give their folder with --data")
+        return _validate_published(out)
+    rows, problems = read_folder(data)
+    result = validate(rows, devices, problems)
+    if not result.predictions:
+        raise_problems(result.left_out)
+        raise ConfigError(f"{data}: has no rows with a latency_us")
+    _print_lines(result.lines)
+    coverage = held_out_coverage(result.predictions)
+    print("\nShare of held-out rows inside their 80 % interval:")
+    print("  " + ", ".join(f"{op} {share:.0f} %" for op, share in sorted(coverage.items())))
+    if refit:
+        _print_refits(result, devices)
+    _print_worst(result)
+    _print_left_out(result.left_out)
     if out is not None:
         _write(result, out)
-    return _judge(result.predictions, tolerances)
+    return _judge(result.predictions, MEASURED)
+
+
+def _validate_published(out: Path | None) -> int:
+    published, chips = read_cases(), real_chips()
+    outcomes = [predict_case(case) for case in published.cases]
+    print("Published figures of chips (no --data given), rules in docs/validation.md:\n")
+    print("\n".join(published_lines(published, outcomes, chips)))
+    if out is not None:
+        with replaced_folder(out) as folder:
+            write_table(published_frame(outcomes), folder / "published.csv")
+            loaded = [load_chip(name) for name in chips]
+            kinds, titles = ({c.name: getattr(c, key) for c in loaded} for key in ("kind", "title"))
+            with matplotlib.rc_context(dict(RC)):
+                save_figure(published_figure(outcomes, kinds, titles), folder / "validate_published")
+            write_summary(folder, {"cases": len(outcomes)})
+        print(f"\nTable and figure: {out}")
+    print("\nTolerances (mean absolute percentage error of counted figures):")
+    found = judged(outcomes)
+    print("\n".join(text for text, _ in found))
+    return 0 if all(kept for _, kept in found) else EXIT_FAILED
 
 
 #: What ``validate --refit`` fits anew: title, ops, number formats, the source of the rows.
@@ -152,17 +172,6 @@ def _print_refits(result: Validation, devices: Devices) -> None:
                 f"  {title}, {device} ({len(rows)} rows): {fit.before:.1f} %, held out {fit.held_out:.1f} %"
                 f"{', on ' + ', '.join(moved) if moved else ''}"
             )
-
-
-def _print_published(result: Validation) -> None:
-    for p in result.predictions:
-        row = p.row
-        print(
-            f"  {row.model} {row.dtype} on {row.tp} x {row.device}, batch {row.batch}, {row.context} + {row.out_len} "
-            f"tokens: predicted {p.predicted_us / 1e6:.3f} s ({p.low_us / 1e6:.3f} to {p.high_us / 1e6:.3f}), "
-            f"published {(row.latency_us or 0) / 1e6:.3f} s\n    {row.source}"
-        )
-    print()
 
 
 def _print_lines(lines: Sequence[Line]) -> None:
