@@ -11,13 +11,15 @@ import pytest
 import ttt_sim
 from ttt_sim.chip import Chip
 from ttt_sim.errors import CapacityError, ConfigError
-from ttt_sim.predict.models import MODELS, Formats, layer_step, weight_bytes
+from ttt_sim.predict.models import MODELS, Formats, head_step, layer_step, weight_bytes
 from ttt_sim.predict.predictions import Devices, predict_rows
+from ttt_sim.predict.predictor import simulate_steps
 from ttt_sim.predict.published import Case, read_cases
 from ttt_sim.predict.rows import Row
 from ttt_sim.predict.serving import (
     Outcome,
     floor_seconds,
+    in_a_row,
     kv_bytes_per_token,
     median_of_chips,
     model_bytes,
@@ -26,7 +28,6 @@ from ttt_sim.predict.serving import (
     saturated_batch,
     steady_tokens_per_s,
     summary_of,
-    twice,
 )
 from ttt_sim.predict.tolerances import FigureLimit
 from ttt_sim.report.figures_published import milliseconds
@@ -249,13 +250,29 @@ def test_stages_follow_one_another() -> None:
     assert predict_on(many, chip).predicted == pytest.approx(3 * step, rel=1e-3)
 
 
-def test_two_layers_in_a_row_are_linked_by_what_the_first_wrote() -> None:
+def test_layers_in_a_row_are_linked_by_what_the_one_before_wrote() -> None:
     layer = layer_step(MODELS["gpt2_large"], batch=1, tokens=1, before=8, formats=BF16, tp=1)
-    both = twice(layer)
-    assert both[: len(layer)] == layer
-    assert [op.kind for op in both[len(layer) :]] == [op.kind for op in layer]
-    names = {operand.name for op in both[len(layer) :] for operand in (*op.reads, *op.writes)}
-    assert names & {operand.name for op in layer for operand in (*op.reads, *op.writes)} == {"next"}
+    three = in_a_row(layer, 3)
+    assert [op.kind for op in three] == [op.kind for op in layer] * 3
+    names = [
+        {operand.name for op in three[i * len(layer) : (i + 1) * len(layer)] for operand in (*op.reads, *op.writes)}
+        for i in range(3)
+    ]
+    assert names[0] & names[1] == {"0.next"}
+    assert names[1] & names[2] == {"1.next"}
+    assert not names[0] & names[2]
+    assert "stream" in names[0]
+
+
+def test_a_step_of_a_chip_that_loads_ahead_is_that_of_all_its_layers() -> None:
+    """Twelve layers in one trace against the rule that takes two and four of them."""
+    chip = ttt_sim.load_chip("tpu_v7")
+    one = case(chip="tpu_v7", model="Llama-2-7b", metric="step_ms", batch=8, prompt=2048, answer=0)
+    layer = layer_step(MODELS["Llama-2-7b"], batch=8, tokens=1, before=2048, formats=BF16, tp=1)
+    twelve, four = (simulate_steps(chip, [in_a_row(layer, n)])[0].microseconds for n in (12, 4))
+    head = simulate_steps(chip, [head_step(MODELS["Llama-2-7b"], rows=8, act="bf16", tp=1)])[0].microseconds
+    whole = twelve + 20 * (twelve - four) / 8 + head
+    assert predict_on(one, chip).predicted == pytest.approx(whole * 1e-3, rel=0.002)
 
 
 def test_bytes_of_stored_weights() -> None:

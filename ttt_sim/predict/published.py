@@ -36,8 +36,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "prefill_tokens_per_s": ("tok/s in", "tokens of prompts"),
     "power_w": ("W", "all chips together in a decode step"),
     "op_us": ("us", "one op"),
-    "op_tops": ("Top/s", "rate of one op"),
-    "op_tops_per_w": ("Top/s/W", "operations of one op for its energy, idle power included"),
+    "op_tops": ("Top/s", "rate of products in a row"),
+    "op_tops_per_w": ("Top/s/W", "operations of products in a row for their energy, idle power included"),
 }
 OP_METRICS = ("op_us", "op_tops", "op_tops_per_w")
 #: What a case is used for.
@@ -266,4 +266,7 @@ def _op_row(item: dict[str, Any], tp: int, refuse: Any) -> Row | None:
     found = parse_rows(f"{','.join(given)}\n{','.join(given.values())}\n", "shape")
     for problem in found.problems:
         refuse("shape", problem.partition(": ")[2])
-    return found.rows[0] if found.rows else None
+    row = found.rows[0] if found.rows else None
+    if row is not None and item["metric"] != "op_us" and (row.op != "gemm" or row.n != row.k):
+        refuse("shape", f"a case of {item['metric']} is a gemm with n equal to k, so that one can follow another")
+    return row

@@ -18,7 +18,8 @@ from ttt_sim.predict.harness import GROUP_OF_OP, HARNESSES
 from ttt_sim.predict.models import MODELS, Formats, ModelShape, Part, call_parts, split_by, weight_bytes
 from ttt_sim.predict.predictor import simulate_steps
 from ttt_sim.predict.published import OP_METRICS, Case
-from ttt_sim.predict.workloads import Operand, OpSpec, Step, size, step_of, trace_of
+from ttt_sim.predict.rows import ROW_DTYPES, Row
+from ttt_sim.predict.workloads import Operand, OpSpec, Step, product_step, size, step_of, trace_of
 from ttt_sim.simulation import simulate_trace
 from ttt_sim.units import ceil_div
 
@@ -170,29 +171,44 @@ def _plan(case: Case, chip: Chip) -> _Plan:
     )
 
 
+#: Layers in a row from which a layer takes as long as the one before it, where loads run ahead.
+WARM, LONG = 2, 4
+
+
 def _seconds(chip: Chip, parts: Sequence[Part]) -> float:
-    """Time of ``parts``; where loads of a kernel run ahead of it, a layer after the first takes what two in a row take
-    more than one."""
-    alone = simulate_steps(chip, [part.step for part in parts])
+    """Time of ``parts``. Where loads of a kernel run ahead of it, layers are simulated in a row, and those after the
+    first few take what the last of them took."""
     if chip.mapping.serial_kernels:
+        alone = simulate_steps(chip, [part.step for part in parts])
         return sum(time.microseconds * part.count for time, part in zip(alone, parts, strict=True)) * 1e-6
-    in_a_row = simulate_steps(chip, [twice(part.step) if part.count > 1 else part.step for part in parts])
-    return 1e-6 * sum(
-        one.microseconds + (part.count - 1) * max(two.microseconds - one.microseconds, 0.0)
-        for one, two, part in zip(alone, in_a_row, parts, strict=True)
-    )
+    total = 0.0
+    for part in parts:
+        if part.count <= LONG:
+            (whole,) = simulate_steps(chip, [in_a_row(part.step, round(part.count))])
+            total += whole.microseconds
+            continue
+        short, long = simulate_steps(chip, [in_a_row(part.step, n) for n in (WARM, LONG)])
+        layer = (long.microseconds - short.microseconds) / (LONG - WARM)
+        total += long.microseconds + (part.count - LONG) * layer
+    return total * 1e-6
 
 
-def twice(layer: Step) -> Step:
-    """Two layers in a row: the second has tensors of its own and reads what the first wrote last."""
+def in_a_row(layer: Step, count: int) -> Step:
+    """``count`` layers: each has tensors of its own and reads what the one before it wrote last."""
 
-    def after(operand: Operand) -> Operand:
-        return replace(operand, name="next" if operand.name == "stream" else f"{operand.name}.after")
+    def of(index: int, operand: Operand) -> Operand:
+        if operand.name == "stream":
+            return replace(operand, name=f"{index - 1}.next") if index else operand
+        return replace(operand, name=f"{index}.{operand.name}")
 
-    return (
-        *layer,
-        *(replace(op, reads=tuple(map(after, op.reads)), writes=tuple(map(after, op.writes))) for op in layer),
-    )
+    return tuple(
+        replace(
+            op, reads=tuple(of(index, operand) for operand in op.reads),
+            writes=tuple(of(index, operand) for operand in op.writes),
+        )
+        for index in range(count)
+        for op in layer
+    )  # fmt: skip
 
 
 def floor_seconds(parts: Iterable[Part], chip: Chip) -> float:
@@ -284,17 +300,38 @@ def _in_flight(case: Case, plan: _Plan) -> int:
     return ceil_div(plan.batch, ceil_div(plan.batch, case.stages))
 
 
+def products_in_a_row(row: Row, count: int) -> Step:
+    """``count`` products of an op row with one weight, each of what the one before it made."""
+    harness = HARNESSES["bare_kernel"]
+    (product,) = product_step(row.m, row.n, row.k, 1, ROW_DTYPES[row.dtype], harness, 0)
+
+    def numbered(operand: Operand, index: int) -> Operand:
+        return replace(operand, name=operand.name if operand.name == "b" else f"x{index}", distance=None)
+
+    return tuple(
+        replace(
+            product, reads=tuple(numbered(operand, i) for operand in product.reads),
+            writes=tuple(numbered(operand, i + 1) for operand in product.writes),
+        )
+        for i in range(count)
+    )  # fmt: skip
+
+
 def _op_figure(case: Case, chip: Chip) -> float:
     assert case.row is not None
-    harness = HARNESSES[case.harness]
-    step = step_of(case.row, harness, chip.cache.capacity_bytes if chip.cache is not None else 0)
-    seconds = _seconds(chip, [Part(step, 1)]) + harness.extra_us.get(GROUP_OF_OP[case.row.op], 0.0) * 1e-6
     if case.metric == "op_us":
-        return seconds * 1e6
-    flops = sum(_flops(op) for op in step)
+        harness = HARNESSES[case.harness]
+        step = step_of(case.row, harness, chip.cache.capacity_bytes if chip.cache is not None else 0)
+        (time,) = simulate_steps(chip, [step])
+        return time.microseconds + harness.extra_us.get(GROUP_OF_OP[case.row.op], 0.0)
+    short, long = (products_in_a_row(case.row, n) for n in (WARM, LONG))
+    first, last = simulate_steps(chip, [short, long])
+    seconds = (last.microseconds - first.microseconds) * 1e-6
+    flops = sum(_flops(op) for op in long[WARM:])
     if case.metric == "op_tops":
         return flops / seconds * 1e-12
-    return flops / (dynamic_j(chip, step) + chip.power.idle_w * seconds) * 1e-12
+    joules = dynamic_j(chip, long) - dynamic_j(chip, short)
+    return flops / (joules + chip.power.idle_w * seconds) * 1e-12
 
 
 # --- summary ----------------------------------------------------------------------------------------------------------
