@@ -92,7 +92,7 @@ def test_validate_without_data_uses_published_figures(tmp_path: Path) -> None:
         assert words in text
     assert "EXCEEDED" not in text
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        "summary.json", "published.csv", "validate_published.png", "validate_published.svg",
+        "summary.json", "published.csv", "published.md", "validate_published.png", "validate_published.svg",
     }  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from ttt_sim.report.figures import save_figure, write_table
 from ttt_sim.report.figures_published import published_figure
 from ttt_sim.report.figures_validation import validation_figures
 from ttt_sim.report.folder import check_out, replaced_folder, write_summary
-from ttt_sim.report.published import judged, published_frame, published_lines, real_chips
+from ttt_sim.report.published import judged, published_frame, published_lines, published_page, real_chips
 from ttt_sim.report.style import RC
 
 EXIT_FAILED = 1
@@ -129,6 +129,7 @@ def _validate_published(out: Path | None) -> int:
     if out is not None:
         with replaced_folder(out) as folder:
             write_table(published_frame(outcomes), folder / "published.csv")
+            (folder / "published.md").write_text(published_page(published, outcomes, chips), encoding="utf-8")
             loaded = [load_chip(name) for name in chips]
             kinds, titles = ({c.name: getattr(c, key) for c in loaded} for key in ("kind", "title"))
             with matplotlib.rc_context(dict(RC)):

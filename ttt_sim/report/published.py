@@ -171,3 +171,46 @@ def published_frame(outcomes: Sequence[Outcome]) -> pd.DataFrame:
         for o in outcomes
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=pd.Index(COLUMNS))
+
+
+_PAGE = """\
+# Published figures of chips
+
+Every case of `ttt_sim/predict/published.yaml` with its prediction; `ttt_sim validate --out DIR` writes this page as
+`published.md`. Rules, and what is not met: [validation.md](validation.md#published-figures). *Use*: `count` stands in the
+medians, `fit` had a constant of the chip file fitted to it, `micro` is no figure of inference, `speculative` is compared
+with the plain prediction, `aside` is shown only.
+"""
+#: Columns of the page.
+PAGE_COLUMNS = ("Case", "Workload", "Published", "Predicted", "Ratio", "Use", "Certainty", "Source")
+
+
+def published_page(published: Published, outcomes: Sequence[Outcome], chips: Sequence[str]) -> str:
+    """The page of all cases in Markdown: a table for each chip, reasons and notes, sources by number."""
+    sources = list(dict.fromkeys(outcome.case.source for outcome in outcomes))
+    lines = [_PAGE]
+    for name in chips:
+        mine = [outcome for outcome in outcomes if outcome.case.file == name]
+        lines += [f"## {load_chip(name).title}", ""]
+        if not mine or name in published.no_figure:
+            reason = published.no_figure.get(name, "")
+            lines += [f"{NO_FIGURE.capitalize()}{f' that can be used: {reason}' if reason else ''}.", ""]
+        if not mine:
+            continue
+        summary = summary_of(mine)
+        if summary is not None:
+            lines += [f"{summary.n} counted, median error {summary.median:.0f} %, mean {summary.mean:.0f} %.", ""]
+        lines += [f"| {' | '.join(PAGE_COLUMNS)} |", f"| {' | '.join('---' for _ in PAGE_COLUMNS)} |"]
+        for o in mine:
+            value = f"{_published(o.case)} {unit_of(o.case)}"
+            predicted, ratio = ("", "") if o.predicted is None else (figure(o.predicted), f"{o.ratio:.2f}")
+            mark = f", {ABOVE_BOUND}" if o.beats_bound else ""
+            cells = (
+                f"`{o.case.name}`", workload_text(o.case), value, predicted, ratio, f"{o.case.use}{mark}",
+                o.case.certainty, f"[{sources.index(o.case.source) + 1}]",
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+        remarks = [(o.case, text) for o in mine for text in (o.case.note, o.case.reason) if text]
+        lines += ["", *(f"* `{case.name}`: {text}." for case, text in remarks), *([""] if remarks else [])]
+    lines += ["## Sources", "", *(f"{number}. {source}" for number, source in enumerate(sources, start=1)), ""]
+    return "\n".join(lines)
