@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,18 @@ from ttt_sim.predict.serving import (
 )
 from ttt_sim.predict.tolerances import FigureLimit
 from ttt_sim.report.figures_published import milliseconds
-from ttt_sim.report.published import ABOVE_BOUND, case_line, judged, published_frame, published_lines, real_chips
+from ttt_sim.report.published import (
+    ABOVE_BOUND,
+    case_line,
+    gpus,
+    judged,
+    published_frame,
+    published_lines,
+    published_page,
+    real_chips,
+)
 
+ROOT = Path(__file__).parents[2]
 GOOD = {
     "name": "one", "chip": "h100", "metric": "step_ms", "value": "5", "model": "Llama-3-8B", "weights": "fp8",
     "source": "paper", "certainty": "high",
@@ -161,6 +172,38 @@ def test_no_counted_figure_beats_the_physical_bound(outcomes: list[Outcome]) -> 
     slower = [o.case.name for o in outcomes if o.bound and o.predicted and not o.case.against and replace(
         o, case=replace(o.case, value=o.predicted)).beats_bound]  # fmt: skip
     assert slower == []
+
+
+def test_page_of_cases_is_that_of_the_predictions(outcomes: list[Outcome]) -> None:
+    page = (ROOT / "docs" / "published_figures.md").read_text(encoding="utf-8")
+    fresh = published_page(read_cases(), outcomes, real_chips())
+    old, new = (
+        dict(re.findall(r"^\| `([a-z0-9_-]+)` \|(?:[^|]*\|){3} ([0-9.]+) \|", text, re.M)) for text in (page, fresh)
+    )
+    assert set(old) == set(new) == {case.name for case in read_cases().cases}
+    assert {name: float(ratio) for name, ratio in old.items()} == pytest.approx(
+        {name: float(ratio) for name, ratio in new.items()}, rel=0.03, abs=0.011
+    )
+
+
+def test_medians_of_the_documentation(outcomes: list[Outcome]) -> None:
+    text = " ".join((ROOT / "docs" / "validation.md").read_text(encoding="utf-8").split())
+    stated = re.search(
+        r"(\d+) figures of (\d+) chips count. Their median error is ([\d.]+) % .*?, that of (\d+) figures of (\d+) GPUs "
+        r"([\d.]+) % .*? medians of the chips' medians are ([\d.]+) and ([\d.]+) %", text,
+    )  # fmt: skip
+    assert stated is not None
+    of_gpus = gpus()
+    for chosen, counts, medians in (
+        (outcomes, (1, 2), (3, 7)),
+        ([o for o in outcomes if o.case.file in of_gpus], (4, 5), (6, 8)),
+    ):
+        summary = summary_of(chosen)
+        assert summary is not None
+        n_chips = len({o.case.file for o in chosen if o.case.use == "count"})
+        assert [int(stated[i]) for i in counts] == [summary.n, n_chips]
+        assert float(stated[medians[0]]) == pytest.approx(summary.median, abs=0.5)
+        assert float(stated[medians[1]]) == pytest.approx(median_of_chips(chosen), abs=0.5)
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------

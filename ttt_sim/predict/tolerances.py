@@ -70,4 +70,7 @@ FIGURE_LIMITS: tuple[FigureLimit, ...] = (
     FigureLimit("MI300X", 20.0, ("mi300x",)),
     FigureLimit("TPU v7", 20.0, ("tpu_v7",)),
     FigureLimit("Inferentia2 and Trainium2", 35.0, ("inferentia2", "trainium2")),
+    FigureLimit("Groq LPU and WSE-3", 20.0, ("groq_lpu", "wse3")),
+    FigureLimit("Hexagon and XDNA2", 25.0, ("hexagon_8elite", "npu_xdna2")),
+    FigureLimit("VHK158", 30.0, ("versal_vhk158",)),
 )

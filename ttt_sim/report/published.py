@@ -188,7 +188,18 @@ PAGE_COLUMNS = ("Case", "Workload", "Published", "Predicted", "Ratio", "Use", "C
 def published_page(published: Published, outcomes: Sequence[Outcome], chips: Sequence[str]) -> str:
     """The page of all cases in Markdown: a table for each chip, reasons and notes, sources by number."""
     sources = list(dict.fromkeys(outcome.case.source for outcome in outcomes))
-    lines = [_PAGE]
+    lines = [
+        _PAGE,
+        "| Chip | Counted | Median error | Mean error | Off by more than 2 times |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name in chips:
+        summary = summary_of(outcome for outcome in outcomes if outcome.case.file == name)
+        if summary is not None:
+            lines.append(
+                f"| {load_chip(name).title} | {summary.n} | {summary.median:.0f} % | {summary.mean:.0f} % | {summary.n_far} |"
+            )
+    lines.append("")
     for name in chips:
         mine = [outcome for outcome in outcomes if outcome.case.file == name]
         lines += [f"## {load_chip(name).title}", ""]
@@ -197,9 +208,6 @@ def published_page(published: Published, outcomes: Sequence[Outcome], chips: Seq
             lines += [f"{NO_FIGURE.capitalize()}{f' that can be used: {reason}' if reason else ''}.", ""]
         if not mine:
             continue
-        summary = summary_of(mine)
-        if summary is not None:
-            lines += [f"{summary.n} counted, median error {summary.median:.0f} %, mean {summary.mean:.0f} %.", ""]
         lines += [f"| {' | '.join(PAGE_COLUMNS)} |", f"| {' | '.join('---' for _ in PAGE_COLUMNS)} |"]
         for o in mine:
             value = f"{_published(o.case)} {unit_of(o.case)}"
