@@ -189,8 +189,8 @@ def test_page_of_cases_is_that_of_the_predictions(outcomes: list[Outcome]) -> No
 def test_medians_of_the_documentation(outcomes: list[Outcome]) -> None:
     text = " ".join((ROOT / "docs" / "validation.md").read_text(encoding="utf-8").split())
     stated = re.search(
-        r"(\d+) figures of (\d+) chips count. Their median error is ([\d.]+) % .*?, that of (\d+) figures of (\d+) GPUs "
-        r"([\d.]+) % .*? medians of the chips' medians are ([\d.]+) and ([\d.]+) %", text,
+        r"(\d+) figures of (\d+) chips count. Their median error is ([\d.]+) % .*?, that of (\d+) figures of (\d+) "
+        r"GPUs ([\d.]+) % .*? medians of the chips' medians are ([\d.]+) and ([\d.]+) %", text,
     )  # fmt: skip
     assert stated is not None
     of_gpus = gpus()

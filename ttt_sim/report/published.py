@@ -177,28 +177,28 @@ _PAGE = """\
 # Published figures of chips
 
 Every case of `ttt_sim/predict/published.yaml` with its prediction; `ttt_sim validate --out DIR` writes this page as
-`published.md`. Rules, and what is not met: [validation.md](validation.md#published-figures). *Use*: `count` stands in the
-medians, `fit` had a constant of the chip file fitted to it, `micro` is no figure of inference, `speculative` is compared
-with the plain prediction, `aside` is shown only.
+`published.md`. Rules, and what is not met: [validation.md](validation.md#published-figures). *Use*: `count` stands in
+the medians, `fit` had a constant of the chip file fitted to it, `micro` is no figure of inference, `speculative` is
+compared with the plain prediction, `aside` is shown only.
 """
 #: Columns of the page.
 PAGE_COLUMNS = ("Case", "Workload", "Published", "Predicted", "Ratio", "Use", "Certainty", "Source")
 
 
+def _row(*cells: str, rule: bool = False) -> list[str]:
+    lines = [f"| {' | '.join(cells)} |"]
+    return [*lines, f"| {' | '.join('---' for _ in cells)} |"] if rule else lines
+
+
 def published_page(published: Published, outcomes: Sequence[Outcome], chips: Sequence[str]) -> str:
     """The page of all cases in Markdown: a table for each chip, reasons and notes, sources by number."""
     sources = list(dict.fromkeys(outcome.case.source for outcome in outcomes))
-    lines = [
-        _PAGE,
-        "| Chip | Counted | Median error | Mean error | Off by more than 2 times |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    lines = [_PAGE, *_row("Chip", "Counted", "Median error", "Mean error", "Off by more than 2 times", rule=True)]
     for name in chips:
         summary = summary_of(outcome for outcome in outcomes if outcome.case.file == name)
         if summary is not None:
-            lines.append(
-                f"| {load_chip(name).title} | {summary.n} | {summary.median:.0f} % | {summary.mean:.0f} % | {summary.n_far} |"
-            )
+            errors = (f"{summary.median:.0f} %", f"{summary.mean:.0f} %", str(summary.n_far))
+            lines += _row(load_chip(name).title, str(summary.n), *errors)
     lines.append("")
     for name in chips:
         mine = [outcome for outcome in outcomes if outcome.case.file == name]
@@ -208,7 +208,7 @@ def published_page(published: Published, outcomes: Sequence[Outcome], chips: Seq
             lines += [f"{NO_FIGURE.capitalize()}{f' that can be used: {reason}' if reason else ''}.", ""]
         if not mine:
             continue
-        lines += [f"| {' | '.join(PAGE_COLUMNS)} |", f"| {' | '.join('---' for _ in PAGE_COLUMNS)} |"]
+        lines += _row(*PAGE_COLUMNS, rule=True)
         for o in mine:
             value = f"{_published(o.case)} {unit_of(o.case)}"
             predicted, ratio = ("", "") if o.predicted is None else (figure(o.predicted), f"{o.ratio:.2f}")
@@ -217,7 +217,7 @@ def published_page(published: Published, outcomes: Sequence[Outcome], chips: Seq
                 f"`{o.case.name}`", workload_text(o.case), value, predicted, ratio, f"{o.case.use}{mark}",
                 o.case.certainty, f"[{sources.index(o.case.source) + 1}]",
             )  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
+            lines += _row(*cells)
         remarks = [(o.case, text) for o in mine for text in (o.case.note, o.case.reason) if text]
         lines += ["", *(f"* `{case.name}`: {text}." for case, text in remarks), *([""] if remarks else [])]
     lines += ["## Sources", "", *(f"{number}. {source}" for number, source in enumerate(sources, start=1)), ""]
