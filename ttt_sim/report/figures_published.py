@@ -92,7 +92,14 @@ def _scatter(ax: Axes, outcomes: Sequence[Outcome], looks: Mapping[str, Look]) -
         ax.fill_between(line, line / factor, line * factor, color=shade, linewidth=0, zorder=0)
     ax.plot(line, line, color=MUTED, linewidth=0.8, zorder=1)
     for x, y, outcome in points:
-        _mark(ax, x, y, outcome, looks[outcome.case.file])
+        look = looks[outcome.case.file]
+        _mark(ax, x, y, outcome, look)
+        if outcome.far:
+            side, align = (-6, "right") if y > x else (6, "left")
+            ax.annotate(
+                outcome.case.name, (x, y), (side, 0), textcoords="offset points", ha=align, va="center", fontsize=6.5,
+                color=look[2],
+            )  # fmt: skip
     ax.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high), xlabel="published (ms)",
            ylabel="predicted (ms)", title="Time of a token, a step, a prompt, an op")  # fmt: skip
     ax.xaxis.set_minor_formatter(NullFormatter())
