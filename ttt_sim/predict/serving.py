@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from ttt_sim.chip import Chip
 from ttt_sim.config import load_chip
-from ttt_sim.errors import CapacityError, TTTSimError, UnsupportedError, WorkloadError
+from ttt_sim.errors import CapacityError, TTTSimError, WorkloadError
+from ttt_sim.lower.levels import link_to, transfer_seconds
 from ttt_sim.lower.tiles import product_rate
 from ttt_sim.ops import OP_KINDS, OpClass, op_cost
 from ttt_sim.predict.harness import GROUP_OF_OP, HARNESSES
@@ -21,7 +22,7 @@ from ttt_sim.predict.published import OP_METRICS, Case
 from ttt_sim.predict.rows import ROW_DTYPES, Row
 from ttt_sim.predict.workloads import Operand, OpSpec, Step, product_step, size, step_of, trace_of
 from ttt_sim.simulation import simulate_trace
-from ttt_sim.units import ceil_div
+from ttt_sim.units import ceil_div, format_bytes
 
 #: Metrics that grow with speed; the others are times and powers.
 RATES = ("tokens_per_s", "tokens_per_s_user", "prefill_tokens_per_s", "op_tops", "op_tops_per_w")
@@ -101,6 +102,18 @@ def saturated_batch(case: Case, capacity_bytes: int) -> int:
     return min(batch, case.most_sequences or batch)
 
 
+def _check_room(case: Case, chip: Chip, batch: int) -> None:
+    """Raise :class:`CapacityError` if weights and cache of ``batch`` sequences do not fit all chips together."""
+    model = MODELS[case.model]
+    held = case.prompt + case.answer // 2
+    needed = model_bytes(model, case.formats, case.tp) + batch * held * kv_bytes_per_token(model, case.formats, case.tp)
+    if needed > case.stages * chip.main_memory.capacity_bytes:
+        raise CapacityError(
+            f"{case.model} with {batch} sequences of {held} tokens needs {format_bytes(needed * case.tp)}, more than "
+            f"{case.chips} x {chip.name} have"
+        )
+
+
 def steady_tokens_per_s(*, batch: int, step_s: float, prefill_s: float, answer: int) -> float:
     """Output tokens per second of ``batch`` sequences in a steady state, in which prefills and decode steps take turns:
     a token takes its share of a step and an ``answer``-th of the prefill of one prompt."""
@@ -134,17 +147,14 @@ def _send_s(case: Case, chip: Chip, rows: int) -> float:
     """Activations of ``rows`` tokens from stage to stage, one link after the other."""
     if case.stages == 1:
         return 0.0
-    link = next((link for link in chip.links if link.scope == "chip" and link.topology != "host"), None)
-    link = link or next((link for link in chip.links if link.scope == "chip"), None)
-    if link is None:
-        raise UnsupportedError(f"{chip.name}: has no link to other chips, which {case.stages} stages need")
     nbytes = size(rows * MODELS[case.model].d_model, case.formats.act)
-    return (case.stages - 1) * (link.latency_s + nbytes / link.bytes_per_s)
+    return (case.stages - 1) * transfer_seconds(link_to(chip, 1), "stage_send", nbytes, 2)
 
 
 def _plan(case: Case, chip: Chip) -> _Plan:
     model, padded = MODELS[case.model], _uneven(MODELS[case.model], case.tp)
     batch = case.batch or saturated_batch(case, chip.main_memory.capacity_bytes)
+    _check_room(case, chip, batch)
 
     def call(batch: int, tokens: int, before: int) -> list[Part]:
         return call_parts(
