@@ -205,7 +205,7 @@ def test_overrides_come_after_the_variant():
         (HBM, "3 TB", "TB is the unit of a capacity, expected a bandwidth"),
         (HBM, True, "'true' is not a bandwidth"),
         (HBM, "", "must be 3.35 TB/s, found nothing"),
-        ("power.idle", 701, "701 W: must not exceed the limit of 700 W"),
+        ("power.idle", 701, "701 W: must be below the limit of 700 W"),
         ("cores", 1.5, "1.5: must be a whole number"),
         ("mapping.persistent", "maybe", "maybe: must be true or false"),
         ("mapping.attention_efficiency", 1.01, "1.01: must be in (0, 1]"),
