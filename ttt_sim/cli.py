@@ -16,7 +16,7 @@ from ttt_sim.errors import ConfigError, TTTSimError
 
 if TYPE_CHECKING:
     from ttt_sim.chip import Chip
-    from ttt_sim.model import Model, TTTSettings
+    from ttt_sim.model import MethodSettings, Model, TTTSettings
 
 EXIT_ERROR = 2
 EXIT_FINDINGS = 1
@@ -112,6 +112,20 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     _chip_options(run)
     run.set_defaults(function=_run)
+
+    compare = command("compare", "run one workload on many chips, and write a report that compares them")
+    compare.add_argument("chips", metavar="CHIP", nargs="+", help="chip files, or names of built-in chips")
+    _workload_options(compare)
+    compare.add_argument(
+        "--method", default=DEFAULT_METHODS, metavar="LIST", help="methods to compare (default: %(default)s)"
+    )
+    compare.add_argument("--context", default="32k", metavar="TOKENS", help="context length (default: %(default)s)")
+    compare.add_argument("--batch", default="8", metavar="N", help="sequences at once (default: %(default)s)")
+    compare.add_argument(
+        "--out", default="reports/compare", metavar="DIR", help="folder of the report (default: %(default)s)"
+    )
+    compare.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    compare.set_defaults(function=_compare)
 
     trace = command("trace", "write the op trace of one workload to a file")
     _workload_options(trace)
@@ -341,6 +355,50 @@ def _replay(args: argparse.Namespace, chip: Chip) -> int:
     return 0
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from ttt_sim.model_config import load_model
+    from ttt_sim.report.folder import check_out
+    from ttt_sim.workload import find_method
+
+    model, ttt, methods = load_model(args.model), _ttt(args), _words("--method", args.method)
+    window = _tokens("--window", args.window)
+    if args.dtype is not None:
+        _check_dtype(args.dtype)
+    for name in methods:
+        _check_method(find_method(name).settings(window, args.kv_dtype, ttt), model)
+    contexts, batches = _token_list("--context", args.context), _counts("--batch", args.batch)
+    for option, values in (("--context", contexts), ("--batch", batches)):
+        if len(values) > 1:
+            raise ConfigError(f"{option}: chips are compared at one value, and {len(values)} are given")
+    call_tokens = _tokens("--call", args.call)
+    workers = None if args.workers is None else _at_least("--workers", args.workers, 1)
+    out = Path(args.out)
+    check_out(out)
+    from ttt_sim.comparison import Comparison, choose_chips, compare
+
+    chosen = choose_chips(args.chips)
+    from ttt_sim.grid import progress_bar
+    from ttt_sim.report.compare import print_compared, write_compared
+
+    settings = Comparison(
+        chips=chosen.chips,
+        model=model,
+        methods=methods,
+        context=contexts[0],
+        batch=batches[0],
+        ttt=ttt,
+        window=window,
+        dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
+        call_tokens=call_tokens,
+        workers=workers,
+    )
+    data = compare(settings, left_out=chosen.left_out, progress=progress_bar)
+    write_compared(data, out, command=_command_line(), version=__version__, workers=workers)
+    print_compared(data, out)
+    return 0
+
+
 def _trace(args: argparse.Namespace) -> int:
     from ttt_sim.model import Scenario
     from ttt_sim.model_config import load_model
@@ -554,23 +612,33 @@ def _check_workload(
     args: argparse.Namespace, model: Model, methods: Sequence[str], window: int, ttt: TTTSettings, chip: Chip
 ) -> str:
     """Refuse what no simulation could use, before any starts. Returns the format of operands and activations."""
-    from ttt_sim.dtypes import DTYPES
     from ttt_sim.grid import method_on
     from ttt_sim.lower.tiles import product_rate
-    from ttt_sim.model_config import check_ttt
-    from ttt_sim.workload.attention import check_kv
 
     dtype: str = args.dtype or chip.default_dtype
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
+    _check_dtype(dtype)
     if args.dtype is not None and chip.has_unit("matrix"):
         product_rate(chip, dtype)
     for name in methods:
         settings = method_on(chip, name, window_tokens=window, kv_dtype=args.kv_dtype, ttt=ttt, dtype=dtype)
-        check_kv(settings.kv)
-        if settings.ttt is not None:
-            check_ttt(settings.ttt, model)
+        _check_method(settings, model)
     return dtype
+
+
+def _check_dtype(dtype: str) -> None:
+    from ttt_sim.dtypes import DTYPES
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}{did_you_mean(dtype, DTYPES)}")
+
+
+def _check_method(settings: MethodSettings, model: Model) -> None:
+    from ttt_sim.model_config import check_ttt
+    from ttt_sim.workload.attention import check_kv
+
+    check_kv(settings.kv)
+    if settings.ttt is not None:
+        check_ttt(settings.ttt, model)
 
 
 def _words(option: str, text: str) -> tuple[str, ...]:

@@ -14,10 +14,10 @@ from ttt_sim.chip import Chip, MemoryLevel
 from ttt_sim.crossover import crossover_table
 from ttt_sim.engine import prepare
 from ttt_sim.errors import CapacityError
-from ttt_sim.grid import make_point
+from ttt_sim.grid import make_point, weight_bytes
 from ttt_sim.lower.kernels import STREAMS
 from ttt_sim.model import ONE_CHIP, Model, Parallel, Scenario, TTTSettings, WeightWrite
-from ttt_sim.ops import Phase, Role, is_update
+from ttt_sim.ops import Phase, is_update
 from ttt_sim.parallel import Progress, run_all
 from ttt_sim.program import TASK_KINDS
 from ttt_sim.report.data import ReportData
@@ -173,7 +173,7 @@ def run_experiment(
             "engines_compared_on": compared,
         },
         chip=experiment.chip,
-        weight_bytes=_weight_bytes(points[0]),
+        weight_bytes=weight_bytes(points[0]),
         points=records,
         breakdown=pd.DataFrame(breakdown),
         state=pd.DataFrame(_state_curves(experiment)),
@@ -218,12 +218,6 @@ class _PrefillRecords:
             point = replace(self._points[method, batch], context_tokens=context, compare_engines=False)
             self._records[key] = simulate_point(point).record
         return self._records[key]
-
-
-def _weight_bytes(point: Point) -> int:
-    """Bytes of the frozen weights that the model keeps on the chip."""
-    trace = build_trace(point.model, point.method, Scenario.decode((0,), dtype=point.dtype))
-    return sum(tensor.nbytes for tensor in trace.tensors if tensor.role == Role.WEIGHT)
 
 
 def _key(point: Point) -> dict[str, object]:

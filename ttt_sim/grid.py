@@ -14,13 +14,14 @@ from ttt_sim.chip import Chip
 from ttt_sim.config import load_chip
 from ttt_sim.errors import ConfigError
 from ttt_sim.lower import DEFAULT_DETAIL
-from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, TTTSettings
+from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, TTTSettings
 from ttt_sim.model_config import load_model, load_ttt
+from ttt_sim.ops import Role
 from ttt_sim.parallel import run_all
 from ttt_sim.simulation import DEFAULT_CALL_TOKENS, PHASES, PhaseName, Point, PointResult, simulate_point
 from ttt_sim.system import arrange, least_system
 from ttt_sim.units import parse_tokens
-from ttt_sim.workload import METHODS, find_method
+from ttt_sim.workload import METHODS, build_trace, find_method
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,6 +124,12 @@ def _tokens(name: str, value: int | str) -> int:
     if tokens < 1:
         raise ConfigError(f"{name}: {value} must be at least 1 token")
     return tokens
+
+
+def weight_bytes(point: Point) -> int:
+    """Bytes of the frozen weights that the model of a point keeps on the chip."""
+    trace = build_trace(point.model, point.method, Scenario.decode((0,), dtype=point.dtype))
+    return sum(tensor.nbytes for tensor in trace.tensors if tensor.role == Role.WEIGHT)
 
 
 def simulate(

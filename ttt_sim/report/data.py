@@ -72,9 +72,12 @@ def _complete(name: str, frame: pd.DataFrame) -> pd.DataFrame:
     """``frame`` with every column of :data:`COLUMNS`; whole numbers stay whole beside missing ones."""
     wanted = [*COLUMNS[name], *(column for column in frame.columns if column not in COLUMNS[name])]
     frame = frame.reindex(columns=wanted)
-    if name == "points":
-        frame = frame.assign(**{column: _whole(frame[column]) for column in WHOLE_NUMBERS if column in frame})
-    return frame
+    return whole_numbers(frame) if name == "points" else frame
+
+
+def whole_numbers(frame: pd.DataFrame) -> pd.DataFrame:
+    """``frame`` with :data:`WHOLE_NUMBERS` as integers, missing ones among them too."""
+    return frame.assign(**{column: _whole(frame[column]) for column in WHOLE_NUMBERS if column in frame})
 
 
 def _whole(column: pd.Series[Any]) -> pd.Series[Any]:

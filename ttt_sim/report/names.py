@@ -59,8 +59,12 @@ def method_style(data: ReportData, method: str) -> MethodStyle:
         others = [m for m in data.methods if m not in METHOD_STYLES]
         color, marker = _OTHER_STYLES[others.index(method) % len(_OTHER_STYLES)]
         known = MethodStyle(method, color, marker, "-")
-    window = data.window_tokens(method)
-    return known if window is None else known._replace(title=f"{known.title} {tokens_label(window)}")
+    return with_window(known, data.window_tokens(method))
+
+
+def with_window(style: MethodStyle, window_tokens: int | None) -> MethodStyle:
+    """The style with the window, if any, in its title."""
+    return style if window_tokens is None else style._replace(title=f"{style.title} {tokens_label(window_tokens)}")
 
 
 def method_title(data: ReportData, method: str) -> str:
