@@ -14,7 +14,7 @@ from ttt_sim.chip import Chip, MemoryLevel
 from ttt_sim.crossover import crossover_table
 from ttt_sim.engine import prepare
 from ttt_sim.errors import CapacityError
-from ttt_sim.grid import make_point, weight_bytes
+from ttt_sim.grid import make_point, method_on, weight_bytes
 from ttt_sim.lower.kernels import STREAMS
 from ttt_sim.model import ONE_CHIP, Model, Parallel, Scenario, TTTSettings, WeightWrite
 from ttt_sim.ops import Phase, is_update
@@ -475,7 +475,13 @@ def _write_variants(experiment: Experiment) -> list[dict[str, object]]:
     if name is None:
         return []
     rows: list[dict[str, object]] = []
-    ways: list[tuple[WeightWrite, bool]] = [(variant, True) for variant in get_args(WeightWrite)]
+    chosen = method_on(
+        experiment.chip, name, window_tokens=experiment.window, kv_dtype=experiment.kv_dtype, ttt=experiment.ttt,
+        dtype=experiment.dtype,
+    )  # fmt: skip
+    wide = chosen.ttt is not None and chosen.ttt.fast_dtype == "fp32"  # a weight in fp32 is its own master
+    variants: tuple[WeightWrite, ...] = get_args(WeightWrite)
+    ways = [(variant, True) for variant in variants if not (wide and variant == "master")]
     for variant, overlap in [*ways, (experiment.ttt.weight_write, False)]:
         point = make_point(
             experiment.chip, experiment.model, name, phase="prefill", context=VARIANT_CONTEXT_TOKENS,

@@ -103,7 +103,9 @@ def least_system(
     weights = tensor_bytes(model.parameters, dtype)
     state = max(state_per_sequence(model, method, context_tokens, dtype=dtype).total_bytes for method in methods)
     updates = any(method.ttt is not None for method in methods)
-    if (weights + batch * (state + _room(model, rows, updates, dtype))) * _ROUGH <= chip.main_memory.capacity_bytes:
+    if (
+        weights + batch * (state + _room(chip, model, rows, updates, dtype))
+    ) * _ROUGH <= chip.main_memory.capacity_bytes:
         return ONE_CHIP
     for tp in tensor_parallel_sizes(model):
         if best is not None and tp > best.chips:
@@ -111,8 +113,10 @@ def least_system(
         scenario = Scenario.decode((max(context_tokens - 1, 0),), batch=batch, dtype=dtype, parallel=Parallel(tp=tp))
         traces = [build_trace(model, method, scenario) for method in methods]
         pp = _least_stages(
-            chip.main_memory.capacity_bytes - batch * _room(shard(model, tp), rows, updates, dtype),
+            chip.main_memory.capacity_bytes,
             model,
+            batch,
+            _room(chip, shard(model, tp), rows, updates, dtype),
             [holdings(trace, model.n_layers, pipelined=False) for trace in traces],
             [holdings(trace, model.n_layers, pipelined=True) for trace in traces],
         )
@@ -123,24 +127,31 @@ def least_system(
     return ONE_CHIP if best is None and behind else best
 
 
-def _room(part: Model, rows: int, updates: bool, dtype: str) -> int:
-    """Bytes of activations of one sequence on one chip, which holds ``part``: the residual stream three times, the rows
-    of attention before and after rotation, gate, up and hidden rows; a delta and its scaled copy."""
-    heads = part.n_heads + 2 * part.n_kv_heads
-    row = 3 * part.d_model + 2 * heads * part.head_dim + 3 * part.d_ff
-    return tensor_bytes(rows * row + (2 * part.d_model * part.d_ff if updates else 0), dtype)
+def _room(chip: Chip, part: Model, rows: int, updates: bool, dtype: str) -> int:
+    """Bytes of activations of one sequence on one chip, which holds ``part``; a little more than simulations take.
+
+    Rows of the residual stream before and after norms and sums over chips, and of hidden rows that an update keeps;
+    where a layer is several kernels, no less than the rows of attention (queries, keys and values, rotated ones, the
+    output) or of the MLP (gate, up, hidden) beside two of the stream. A delta and its scaled copy.
+    """
+    q, kv, d, f = part.n_heads * part.head_dim, part.n_kv_heads * part.head_dim, part.d_model, part.d_ff
+    row = 5 * d + f
+    if chip.mapping.fusion != "layer":
+        row = max(row, 2 * d + max(3 * q + 4 * kv, 3 * f))
+    return tensor_bytes(rows * row + (2 * d * f if updates else 0), dtype)
 
 
-def _least_stages(capacity: int, model: Model, alone: Sequence[Holdings], piped: Sequence[Holdings]) -> int | None:
-    """Least stages of which each fits ``capacity`` bytes."""
-    if capacity <= 0:
-        return None
-    if all(max(held.by_stage(())) <= capacity for held in alone):
+def _least_stages(
+    capacity: int, model: Model, batch: int, room: int, alone: Sequence[Holdings], piped: Sequence[Holdings]
+) -> int | None:
+    """Least stages of which each fits ``capacity`` bytes, beside ``room`` for each sequence that is at work there."""
+    if all(max(held.by_stage(())) + batch * room <= capacity for held in alone):
         return 1
     fewest = max(ceil_div(int(held.parts.sum() + held.everywhere.sum()), capacity) for held in piped)
     for pp in range(max(fewest, 2), model.n_layers + 3):
         starts = stage_starts(model, pp)
-        if all(max(held.by_stage(starts)) <= capacity for held in piped):
+        at_work = ceil_div(batch, microbatches_of(batch, Parallel(pp=pp)))
+        if all(max(held.by_stage(starts)) + at_work * room <= capacity for held in piped):
             return pp
     return None
 
