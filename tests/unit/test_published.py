@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import ttt_sim
 from ttt_sim.chip import Chip
+from ttt_sim.config import load_chip
 from ttt_sim.errors import CapacityError, ConfigError
+from ttt_sim.intervals import KNOWN_STYLES, OTHER_STYLES
 from ttt_sim.lower.levels import transfer_seconds
 from ttt_sim.predict.models import MODELS, Formats, head_step, layer_step, weight_bytes
 from ttt_sim.predict.predictions import Devices, predict_rows
@@ -205,6 +208,18 @@ def test_medians_of_the_documentation(outcomes: list[Outcome]) -> None:
         assert [int(stated[i]) for i in counts] == [summary.n, n_chips]
         assert float(stated[medians[0]]) == pytest.approx(summary.median, abs=0.5)
         assert float(stated[medians[1]]) == pytest.approx(median_of_chips(chosen), abs=0.5)
+
+
+def test_error_bars_of_other_styles_are_what_their_figures_spread_over(outcomes: list[Outcome]) -> None:
+    ratios = []
+    for outcome in outcomes:
+        case = outcome.case
+        if case.use in ("count", "micro") and load_chip(case.chip).execution not in KNOWN_STYLES:
+            assert outcome.ratio is not None
+            rate = "per_s" in case.metric or "tops" in case.metric
+            ratios.append(outcome.ratio if rate else 1 / outcome.ratio)  # of published over predicted time
+    low, high = np.quantile(np.array(ratios), [0.08, 0.92])
+    assert (OTHER_STYLES.low, OTHER_STYLES.high) == pytest.approx((low, high), rel=0.03)
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
