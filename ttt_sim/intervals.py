@@ -68,8 +68,8 @@ TRANSFER: Mapping[str, Interval] = {
 ANY_OP = Interval(0.8, 1.4)
 #: Ways of execution of which kernels, or at least whole models on several chips, were compared one by one.
 KNOWN_STYLES = ("tile_wave", "systolic")
-#: Quantiles (8 and 92 %) of published over predicted time of chips of other styles (spatial arrays, computing in memory,
-#: events): figures of models and of single products (docs/published_figures.md).
+#: Quantiles (8 and 92 %) of published over predicted time of chips of other styles (spatial arrays, computing in
+#: memory, events): figures of models and of single products (docs/published_figures.md).
 OTHER_STYLES = Interval(0.756, 2.155)
 #: A chip of another maker runs other kernels: twice as far on a logarithmic scale.
 MEASURED_VENDOR = "NVIDIA"

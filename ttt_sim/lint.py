@@ -410,7 +410,7 @@ def _last_day(text: str) -> tuple[int, int, int]:
 
 def _knowledge_findings(chip: Chip) -> Iterator[Finding]:
     if chip.price.per_hour_usd is None:
-        yield _finding(chip, "warning", "price", "no per_hour: no cost per token can be given")
+        yield _finding(chip, "note", "price", "no per_hour: no cost per token can be given")
     if chip.die_area_mm2 is None and chip.kind != "example":
         yield _finding(chip, "note", "die_area", "not given: SRAM is not checked against the silicon")
     low = [path for path, place in chip.provenance.items() if place.certainty == "low"]

@@ -139,7 +139,7 @@ def test_what_is_left_out(tmp_path):
         ("warning", "compute.tensor_core.peak.fp8", "no energy.fp8"),
         ("warning", "compute.tensor_core.peak.bf16", "no efficiency.bf16"),
         ("warning", "compute.tensor_core.peak.fp8", "no efficiency.fp8"),
-        ("warning", "price", "no per_hour"),
+        ("note", "price", "no per_hour"),
         ("warning", "memories.hbm", "no read_energy"),
         ("warning", "memories.hbm", "achievable_fraction 1"),
         ("warning", "memories.hbm", "shared_bus without turn-around times"),
