@@ -405,7 +405,7 @@ def _weighted(result: Result, twice: IntArray, span: int, tokens: int, parts: in
         totals[direction] += value
     out["main_read_bytes"], out["main_write_bytes"] = totals["read"], totals["write"]
     for direction, per_step in result.far_bytes().items():
-        out[f"far_{direction}_bytes"] = _mean(per_step.astype(np.float64), twice, span)
+        out[f"far_{direction}_bytes"] = parts * _mean(per_step.astype(np.float64), twice, span)
     out["main_bytes_per_token"] = (totals["read"] + totals["write"]) / tokens
     return out
 

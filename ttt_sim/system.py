@@ -67,9 +67,9 @@ def holdings(trace: Trace, n_layers: int, *, pipelined: bool) -> Holdings:
 
 
 def microbatches_of(batch: int, parallel: Parallel) -> int:
-    """Parts of a batch that follow each other through the stages: as many as there are stages, if there are sequences
-    enough."""
-    return min(batch, parallel.pp)
+    """Equal parts of a batch that follow each other through the stages: as many as there are stages, or fewer where
+    that takes no longer. The last part may have places to spare, which are simulated as if they were filled."""
+    return ceil_div(batch, ceil_div(batch, parallel.pp))
 
 
 def tensor_parallel_sizes(model: Model) -> Iterator[int]:

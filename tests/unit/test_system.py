@@ -17,7 +17,7 @@ from ttt_sim.model import Model, Parallel, Scenario, TTTSettings, shard, stage_s
 from ttt_sim.model_config import load_model, load_ttt
 from ttt_sim.ops import BETWEEN_CHIPS, KIND, OP_KINDS, OpClass, Trace, op_classes
 from ttt_sim.simulation import simulate_point, simulate_trace
-from ttt_sim.system import arrange, holdings, least_system, period_cycles, pipeline_cycles
+from ttt_sim.system import arrange, holdings, least_system, microbatches_of, period_cycles, pipeline_cycles
 from ttt_sim.workload import METHODS, build_trace
 
 TOY, TTT = load_model("toy"), load_ttt("toy")
@@ -367,3 +367,9 @@ def test_what_is_kept_does_not_depend_on_the_class_of_the_op() -> None:
     between = op_classes(trace) == int(OpClass.COLLECTIVE)
     assert between.any()
     assert not trace.flops[between].any()
+
+
+@pytest.mark.parametrize(("batch", "pp", "parts"), [(1, 4, 1), (4, 4, 4), (5, 4, 3), (8, 4, 4), (9, 4, 3), (3, 1, 1)])
+def test_microbatches(batch: int, pp: int, parts: int) -> None:
+    """Five sequences in parts of two need three parts, not four."""
+    assert microbatches_of(batch, Parallel(pp=pp)) == parts
