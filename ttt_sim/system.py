@@ -192,7 +192,8 @@ def arrange(
         near = ", ".join(map(str, sizes))
         raise ConfigError(f"tp: {tp} chips cannot share {model.name} evenly; numbers that can: {near}")
     if pp > model.n_layers + 2:
-        raise ConfigError(f"pp: {pp} stages, but {model.name} has {model.n_layers + 2} parts: layers, embedding, head")
+        stated = f"pp: {pp} stages" if chips is None else f"chips: {chips} would be {pp} stages"
+        raise ConfigError(f"{stated}, but {model.name} has {model.n_layers + 2} parts: layers, embedding, head")
     return Parallel(tp=tp, pp=pp, cp=cp or 1)
 
 

@@ -373,3 +373,10 @@ def test_what_is_kept_does_not_depend_on_the_class_of_the_op() -> None:
 def test_microbatches(batch: int, pp: int, parts: int) -> None:
     """Five sequences in parts of two need three parts, not four."""
     assert microbatches_of(batch, Parallel(pp=pp)) == parts
+
+
+def test_gpus_beyond_a_node_use_the_network_between_nodes() -> None:
+    h100 = load_chip("h100")
+    assert [link_to(h100, partners).name for partners in (1, 7, 8, 31)] == ["nvlink", "nvlink", "nic", "nic"]
+    with pytest.raises(ConfigError, match="chips: 3000 would be 750 stages, but toy has 6 parts"):
+        arrange(TOY, chips=3000)
