@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ttt_sim.dtypes import DTYPE_BITS, DTYPES
+
 IntArray = npt.NDArray[np.int64]
 
 
@@ -299,6 +301,23 @@ def total_by(index: IntArray, values: IntArray, n: int) -> IntArray:
 def op_classes(trace: Trace) -> IntArray:
     """:class:`OpClass` of each op."""
     return np.array([int(kind.op_class) for kind in OP_KINDS], dtype=np.int64)[trace.kind]
+
+
+def element_bits(trace: Trace) -> IntArray:
+    """Bits of an element of each op's operands."""
+    return np.array([DTYPE_BITS[dtype] for dtype in DTYPES], dtype=np.int64)[trace.dtype]
+
+
+def query_bytes(trace: Trace) -> IntArray:
+    """Bytes of the queries of each attention core; of other ops without meaning."""
+    return -(-trace.batch * trace.heads * trace.m * trace.k * element_bits(trace) // 8)
+
+
+def overwritten(trace: Trace) -> npt.NDArray[np.bool_]:
+    """Reads (n_read_entries,) of a tensor of which the same op writes a version: what a sum is added to."""
+    n = len(trace.tensors)
+    written = owners(trace.write_ptr) * n + trace.write_tensor
+    return np.asarray(np.isin(owners(trace.read_ptr) * n + trace.read_tensor, written), dtype=np.bool_)
 
 
 def is_update(trace: Trace) -> npt.NDArray[np.bool_]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
-from ttt_sim.area import area_estimate
+from ttt_sim.area import area_estimate, total_bytes
 from ttt_sim.chip import Chip, MemoryLevel, Provenance
 from ttt_sim.units import format_bytes, format_seconds, format_si
 
@@ -118,7 +118,7 @@ def _ridge_rows(chip: Chip) -> Iterator[Sequence[str]]:
 def _memory_rows(chip: Chip) -> Iterator[Sequence[str]]:
     yield "level", "capacity", "in all", "read B/cyc", "write B/cyc", "read all", "J/B read", "J/B write"
     for level in chip.memories:
-        total = level.capacity_bytes * (chip.cores if level.scope == "core" else 1)
+        total = total_bytes(chip, level)
         yield (
             f"{level.name} (backing)" if level is chip.backing else level.name,
             format_bytes(level.capacity_bytes) + ("/core" if level.scope == "core" else ""),

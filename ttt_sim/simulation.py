@@ -256,16 +256,17 @@ def simulate_point(point: Point) -> PointResult:
         return PointResult(point=point, record=record | {"missing": str(error)})
     except CapacityError as error:
         return PointResult(point=point, record=_does_not_fit(point, record, persistent, str(error)))
-    peak = persistent + result.peak_temporary_bytes()
+    temporary, room = result.peak_temporary_bytes(), point.chip.main_memory.capacity_bytes
+    peak = persistent + temporary
     if peak > capacity:
         return PointResult(point=point, record=_does_not_fit(point, record, peak, "weights, state and activations"))
-    temporary, room = result.peak_temporary_bytes(), point.chip.main_memory.capacity_bytes
     if temporary > room:
         return PointResult(point=point, record=_does_not_fit(point, record, temporary, "activations", room))
 
     steps = int(trace.step.max()) + 1
     around: dict[str, float] = {}  # cycles of steps that decode names
-    stages = stage_cycles(trace, result.lowered.kernels.lead, result.kernel_advance(), starts)
+    advance = result.kernel_advance()
+    stages = stage_cycles(trace, result.lowered.kernels.lead, advance, starts)
     # the trace is one chip's part of one microbatch
     parts = point.parallel.tp * point.parallel.cp * point.microbatches
     if plan is None:
@@ -316,7 +317,7 @@ def simulate_point(point: Point) -> PointResult:
     rent, price = point.chip.price.per_hour_usd, point.chip.price.purchase_usd
     record["cost_usd_per_million_tokens"] = None if rent is None else chips * rent / 3600 * seconds / tokens * 1e6
     record["purchase_usd"] = None if price is None else chips * price
-    twice_advance = result.kernel_advance() * twice[trace.step[result.lowered.kernels.lead]]
+    twice_advance = advance * twice[trace.step[result.lowered.kernels.lead]]
     record |= _error_bar(point, result, twice_advance, seconds)
     by_kernel = _cycles_by_kernel(result, twice_advance, span)
     record |= _bound(result, twice_advance)

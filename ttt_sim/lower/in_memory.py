@@ -16,8 +16,7 @@ from ttt_sim.dtypes import DTYPE_BITS
 from ttt_sim.errors import UnsupportedError
 from ttt_sim.lower.kernels import Kernels
 from ttt_sim.lower.levels import add_attention, add_products, finish, no_work, refuse_scans
-from ttt_sim.lower.placement import place
-from ttt_sim.lower.tiles import AttentionWork, TileWork, ceil_float, flops_per_cycle, visible_keys
+from ttt_sim.lower.tiles import AttentionWork, TileWork, attention_share, ceil_float, flops_per_cycle, visible_keys
 from ttt_sim.lower.traffic import Traffic
 from ttt_sim.lower.work import KernelWork
 from ttt_sim.ops import OP_KINDS, IntArray, Trace, total_by
@@ -35,7 +34,7 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
             for which there is no rule.
     """
     refuse_scans(trace, chip, "computing in memory")
-    placed = place(trace, chip)
+    placed = traffic.placement
     if placed.on_lanes.any() and not chip.has_unit("vector"):
         kind = OP_KINDS[int(trace.kind[np.flatnonzero(placed.on_lanes)[0]])].name
         raise UnsupportedError(
@@ -76,9 +75,7 @@ def arrays_of(chip: Chip, dtype: str, *, attention: bool = False) -> Arrays:
     """
     unit = chip.unit("matrix")
     count, rows = chip.cores * max(unit.count, 1), unit.rows * unit.depth
-    share = unit.efficiency.get(dtype, 1.0)
-    if attention:
-        share = min(share, chip.mapping.attention_efficiency)
+    share = attention_share(chip, dtype) if attention else unit.efficiency.get(dtype, 1.0)
     # input vectors of one element per cell that pass each array per cycle
     speed = flops_per_cycle(chip, unit, dtype, sustained=False) / (2 * count * rows * unit.cols)
     packed = max(int(speed * unit.issue_cycles + 0.5), 1)

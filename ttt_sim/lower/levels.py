@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ttt_sim.chip import Chip, ComputeUnit, Link, MemoryLevel
-from ttt_sim.dtypes import DTYPE_BITS, DTYPES
+from ttt_sim.dtypes import DTYPES
 from ttt_sim.errors import UnsupportedError
 from ttt_sim.lower.kernels import Kernels, sibling_group
 from ttt_sim.lower.spill import part_of
@@ -18,7 +18,20 @@ from ttt_sim.lower.tiles import AttentionWork, TileWork, flops_per_cycle
 from ttt_sim.lower.traffic import MAIN, Traffic, usable_cache_bytes
 from ttt_sim.lower.work import CACHE, FAR, LEVELS, LINK, MATRIX, READ, SPECIAL, VECTOR, WRITE, KernelWork, OpTiles
 from ttt_sim.lower.writes import reupload_bytes, reupload_cycles
-from ttt_sim.ops import KIND, OP_KINDS, IntArray, OpClass, Trace, lane_ops, op_classes, owners, total_by
+from ttt_sim.ops import (
+    KIND,
+    OP_KINDS,
+    IntArray,
+    OpClass,
+    Trace,
+    element_bits,
+    lane_ops,
+    op_classes,
+    overwritten,
+    owners,
+    query_bytes,
+    total_by,
+)
 from ttt_sim.units import ceil_div
 
 #: Bytes of operands that one core streams per pipeline step of a row-wise kernel.
@@ -93,8 +106,9 @@ def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: W
             cycles[:, FAR] += _transfer_starts(trace, chip, kernels, chip.backing, far > 0, write=write)
     uploaded = reupload_bytes(trace, chip, kernels.of_op, n)
     cycles[:, LINK] = work["link"] + reupload_cycles(chip, uploaded)
-    for i in [i for i, link in enumerate(chip.links) if link.topology == "host"][:1]:
-        link_bytes[:, i] += uploaded
+    host = next((i for i, link in enumerate(chip.links) if link.topology == "host"), None)
+    if host is not None:
+        link_bytes[:, host] += uploaded
     if chip.cache is not None and chip.cache is not main:
         cycles[:, CACHE] = transfer_cycles(chip, chip.cache, work["cache_bytes"], write=False)
     cycles[:, MATRIX] = work["matrix"]
@@ -165,9 +179,8 @@ _REDUCE_ROWS = {"attn_norm": 2, "mlp_norm": 2, "final_norm": 2, "layernorm": 2, 
 
 def _rereads(trace: Trace, chip: Chip, kernels: Kernels) -> npt.NDArray[np.bool_]:
     """Kernels that read their rows twice, because a row is longer than a core can hold."""
-    bits = np.array([DTYPE_BITS[dtype] for dtype in DTYPES], dtype=np.int64)[trace.dtype]
     copies = np.array([_REDUCE_ROWS.get(kind.name, 0) for kind in OP_KINDS], dtype=np.int64)[trace.kind]
-    long = (copies * trace.n * bits > 8 * chip.library.row_bytes) & (chip.library.row_bytes > 0)
+    long = (copies * trace.n * element_bits(trace) > 8 * chip.library.row_bytes) & (chip.library.row_bytes > 0)
     flags = np.zeros(kernels.n, dtype=np.bool_)
     flags[kernels.of_op[long]] = True
     return flags
@@ -384,13 +397,9 @@ def _note(work: Work, ops: IntArray, shape: IntArray, chosen: Sequence[TileWork]
 def _kv_bytes(trace: Trace) -> IntArray:
     """Bytes of keys and values that each attention core reads, from a cache or as fresh rows: all but its queries, and
     the output so far that a core over further keys goes on with."""
-    op = owners(trace.read_ptr)
-    first = np.minimum(trace.write_ptr[:-1], max(trace.write_tensor.size - 1, 0))
-    output = np.where(np.diff(trace.write_ptr) > 0, trace.write_tensor[first], -1)
-    read = total_by(op, np.where(trace.read_tensor == output[op], 0, trace.read_bytes), trace.n_ops)
-    bits = np.array([DTYPE_BITS[dtype] for dtype in DTYPES], dtype=np.int64)[trace.dtype]
-    queries = -(-trace.batch * trace.heads * trace.m * trace.k * bits // 8)
-    return np.maximum(read - queries, 0)
+    read = total_by(owners(trace.read_ptr), np.where(overwritten(trace), 0, trace.read_bytes), trace.n_ops)
+    kept: IntArray = np.maximum(read - query_bytes(trace), 0)
+    return kept
 
 
 def _lane_rate(chip: Chip, unit: ComputeUnit) -> float:

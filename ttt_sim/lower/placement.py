@@ -14,8 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ttt_sim.chip import Chip
-from ttt_sim.dtypes import DTYPE_BITS, DTYPES
-from ttt_sim.ops import IntArray, OpClass, Role, Trace, op_classes, owners, total_by
+from ttt_sim.ops import (
+    IntArray,
+    OpClass,
+    Role,
+    Trace,
+    element_bits,
+    op_classes,
+    overwritten,
+    owners,
+    query_bytes,
+    total_by,
+)
 
 #: Roles of tensors that lie in the arrays of a chip that computes there.
 STORED_ROLES: tuple[Role, ...] = (Role.WEIGHT, Role.FAST_WEIGHT, Role.KV)
@@ -53,7 +63,8 @@ def place(trace: Trace, chip: Chip) -> Placement:
     """Decide for every product and attention core of ``trace``; see the module text."""
     op, op_class = owners(trace.read_ptr), op_classes(trace)
     role = np.array([int(tensor.role) for tensor in trace.tensors], dtype=np.int64)
-    in_place = _accumulated(trace, chip, role)
+    added_to = overwritten(trace)
+    in_place = _accumulated(trace, chip, role, added_to)
     staged, on_lanes = np.zeros(trace.n_ops, dtype=np.int64), np.zeros(trace.n_ops, dtype=np.bool_)
     if not computes_in_memory(chip):
         return Placement(in_place=in_place, staged_bytes=staged, on_lanes=on_lanes)
@@ -61,21 +72,19 @@ def place(trace: Trace, chip: Chip) -> Placement:
     pinned = set(pinned_names(trace))
     kept = np.array([tensor.role in STORED_ROLES and tensor.name not in pinned for tensor in trace.tensors])
     matmul, attends = op_class == int(OpClass.MATMUL), op_class == int(OpClass.ATTENTION)
-    operand = kept[trace.read_tensor] & (trace.read_bytes > 0) & ~_overwritten(trace)
+    operand = kept[trace.read_tensor] & (trace.read_bytes > 0) & ~added_to
     candidate = operand & (matmul[op] | (attends[op] & (role[trace.read_tensor] == int(Role.KV))))
     # Of a product whose operands are all stored, those before the last are read out: they are the input vectors.
     last = np.full(trace.n_ops, -1, dtype=np.int64)
     np.maximum.at(last, op[candidate], np.flatnonzero(candidate))
-    inputs = total_by(op, ((trace.read_bytes > 0) & ~candidate & ~_overwritten(trace)).astype(np.int64), trace.n_ops)
+    inputs = total_by(op, ((trace.read_bytes > 0) & ~candidate & ~added_to).astype(np.int64), trace.n_ops)
     candidate &= (inputs[op] > 0) | (np.arange(op.size) == last[op])
 
-    bits = np.array([DTYPE_BITS[dtype] for dtype in DTYPES], dtype=np.int64)[trace.dtype]
-    smaller = -(-trace.batch * np.minimum(trace.m, trace.n) * trace.k * bits // 8)
+    smaller = -(-trace.batch * np.minimum(trace.m, trace.n) * trace.k * element_bits(trace) // 8)
     staged = np.where(matmul & (last < 0), smaller, 0)
     # An attention core multiplies with keys and values of this call that are not in the cache yet.
     temporary = total_by(op, np.where(candidate, 0, trace.read_bytes), trace.n_ops)
-    queries = -(-trace.batch * trace.heads * trace.m * trace.k * bits // 8)
-    staged = np.where(attends, np.maximum(temporary - queries, 0), staged)
+    staged = np.where(attends, np.maximum(temporary - query_bytes(trace), 0), staged)
     if not arrays_are_writable(chip):
         on_lanes = staged > 0
         staged = np.zeros_like(staged)
@@ -83,18 +92,11 @@ def place(trace: Trace, chip: Chip) -> Placement:
     return Placement(in_place=in_place | candidate, staged_bytes=staged, on_lanes=on_lanes)
 
 
-def _overwritten(trace: Trace) -> BoolArray:
-    """Reads of a tensor of which the same op writes a version: what a sum is added to, not what is multiplied."""
-    n = len(trace.tensors)
-    written = owners(trace.write_ptr) * n + trace.write_tensor
-    return np.asarray(np.isin(owners(trace.read_ptr) * n + trace.read_tensor, written), dtype=np.bool_)
-
-
-def _accumulated(trace: Trace, chip: Chip, role: IntArray) -> BoolArray:
+def _accumulated(trace: Trace, chip: Chip, role: IntArray, added_to: BoolArray) -> BoolArray:
     """Reads of a fast weight that its memory adds a delta to. A copy in another format needs the sum read out."""
     if not chip.writability.accumulate:
         return np.zeros(trace.read_tensor.size, dtype=np.bool_)
     fast = role == int(Role.FAST_WEIGHT)
     copies = total_by(owners(trace.write_ptr), fast[trace.write_tensor].astype(np.int64), trace.n_ops)
-    flags: BoolArray = fast[trace.read_tensor] & _overwritten(trace) & (copies[owners(trace.read_ptr)] == 1)
+    flags: BoolArray = fast[trace.read_tensor] & added_to & (copies[owners(trace.read_ptr)] == 1)
     return flags

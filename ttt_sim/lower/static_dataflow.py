@@ -21,6 +21,7 @@ from ttt_sim.lower.tiles import (
     ACCUMULATOR_BYTES,
     AttentionWork,
     TileWork,
+    attention_share,
     ceil_float,
     flops_per_cycle,
     product_rate,
@@ -218,8 +219,7 @@ def attention(
     """
     unit, places, bits = chip.unit("matrix"), places_of(chip), DTYPE_BITS[dtype]
     group, chains, keys = heads // kv_heads, batch * kv_heads, max(unit.cols, unit.depth)
-    rate = product_rate(chip, dtype, sustained=False)
-    rate *= min(unit.efficiency.get(dtype, 1.0), chip.mapping.attention_efficiency)
+    rate = product_rate(chip, dtype, sustained=False) * attention_share(chip, dtype)
     pass_cycles, pass_bytes = pass_cost(chip, dtype, rate)
     key_passes = ceil_div(keys, unit.cols) * ceil_div(head_dim, unit.depth)
     key_passes += ceil_div(head_dim, unit.cols) * ceil_div(keys, unit.depth)

@@ -16,7 +16,15 @@ from ttt_sim.chip import Chip
 from ttt_sim.dtypes import DTYPE_BITS
 from ttt_sim.lower.kernels import Kernels
 from ttt_sim.lower.levels import Work, add_attention, add_products, finish, no_work, refuse_scans
-from ttt_sim.lower.tiles import AttentionWork, TileWork, ceil_float, product_rate, visible_keys, visited_blocks
+from ttt_sim.lower.tiles import (
+    AttentionWork,
+    TileWork,
+    attention_share,
+    ceil_float,
+    product_rate,
+    visible_keys,
+    visited_blocks,
+)
 from ttt_sim.lower.traffic import Traffic
 from ttt_sim.lower.work import KernelWork
 from ttt_sim.ops import OP_KINDS, Trace
@@ -93,9 +101,7 @@ def arrays_of(chip: Chip, dtype: str, *, attention: bool = False) -> Arrays:
     """
     unit = chip.unit("matrix")
     count, rows = chip.cores * max(unit.count, 1), unit.rows * unit.depth
-    share = unit.efficiency.get(dtype, 1.0)
-    if attention:
-        share = min(share, chip.mapping.attention_efficiency)
+    share = attention_share(chip, dtype) if attention else unit.efficiency.get(dtype, 1.0)
     # rows of one element per cell that all arrays together stream per cycle and array
     speed = product_rate(chip, dtype, sustained=False) / (2 * count * rows * unit.cols)
     packed = max(int(speed + 0.5), 1)

@@ -100,6 +100,11 @@ def product_rate(chip: Chip, dtype: str, *, sustained: bool = True) -> float:
     return flops_per_cycle(chip, unit, dtype, sustained=sustained)
 
 
+def attention_share(chip: Chip, dtype: str) -> float:
+    """Share of the peak of the matrix units that attention sustains: no more than their own products do."""
+    return min(chip.unit("matrix").efficiency.get(dtype, 1.0), chip.mapping.attention_efficiency)
+
+
 def gemm(chip: Chip, *, m: int, n: int, k: int, batch: int, dtype: str, main_cycles: int) -> TileWork:
     """Cut ``batch`` products C[m,n] = A[m,k] B[k,n]; ``main_cycles`` is what their main-memory traffic takes.
 
@@ -225,8 +230,7 @@ def attention(
     keys are split over cores and the parts combined. ``kv_bytes`` is what one pass over keys and values of all
     sequences moves; ``position`` and ``pairs`` (per sequence) tell the window; ``m n`` pairs mean no mask.
     """
-    unit, rules = chip.unit("matrix"), chip.library
-    group = heads // kv_heads
+    rules, group = chip.library, heads // kv_heads
     packed = _packs_heads(chip, m, group)
     per_tile, chains = (group, batch * kv_heads) if packed else (1, batch * heads)
     tile_rows = _attention_rows(chip, per_tile * m)
@@ -239,8 +243,7 @@ def attention(
     split = _key_split(chip, items, int(blocks.max())) if splittable else 1
     padded_pairs = block_total * tile_rows * ATTENTION_KEYS
 
-    rate = product_rate(chip, dtype, sustained=False)
-    rate *= min(unit.efficiency.get(dtype, 1.0), chip.mapping.attention_efficiency)
+    rate = product_rate(chip, dtype, sustained=False) * attention_share(chip, dtype)
     block = 4 * head_dim * tile_rows * ATTENTION_KEYS * chip.cores / rate
     if rules.softmax_exposed and chip.has_unit("special"):
         special = chip.unit("special")

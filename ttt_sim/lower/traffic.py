@@ -24,7 +24,7 @@ import numpy.typing as npt
 from ttt_sim.chip import Chip
 from ttt_sim.errors import CapacityError
 from ttt_sim.lower.kernels import Kernels
-from ttt_sim.lower.placement import pinned_names, place
+from ttt_sim.lower.placement import Placement, pinned_names, place
 from ttt_sim.lower.writes import padding_bytes, reupload_bytes
 from ttt_sim.ops import TEMPORARY_ROLES, IntArray, Role, Trace, owners, total_by, version_slots
 from ttt_sim.units import format_bytes
@@ -37,7 +37,9 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Traffic:
-    """``read_place, write_place`` (n_entries,) class of each operand entry of the trace.
+    """``placement``: operands that stay where they are stored.
+
+    ``read_place, write_place`` (n_entries,) class of each operand entry of the trace.
 
     ``main_read_bytes, main_write_bytes`` (n_kernels,) what crosses the main memory before re-streaming;
     ``on_chip_bytes`` (n_kernels,) operand bytes that kernels exchange with the shared cache, whatever their class.
@@ -50,6 +52,7 @@ class Traffic:
     ``far_read_bytes, far_write_bytes`` (n_kernels,) what therefore crosses it instead of the main memory.
     """
 
+    placement: Placement
     read_place: IntArray
     write_place: IntArray
     main_read_bytes: IntArray
@@ -123,7 +126,8 @@ def resolve_traffic(trace: Trace, chip: Chip, kernels: Kernels) -> Traffic:
     read_place[fused] = FUSED
     read_place[~fused & _repeated(read_kernel, read_slot, trace.read_bytes, ~fused)] = SHARED
 
-    read_place[place(trace, chip).in_place & (read_place != SHARED) & ~pinned[trace.read_tensor]] = IN_PLACE
+    placement = place(trace, chip)
+    read_place[placement.in_place & (read_place != SHARED) & ~pinned[trace.read_tensor]] = IN_PLACE
 
     # Reuse distance in bytes, from the kernels' own operand traffic.
     wanted = read_place == MAIN
@@ -159,6 +163,7 @@ def resolve_traffic(trace: Trace, chip: Chip, kernels: Kernels) -> Traffic:
     needs_main[read_kernel[(read_place == MAIN) & made]] = True
     needs_main |= np.r_[False, reupload_bytes(trace, chip, kernels.of_op, kernels.n)[:-1] > 0][: kernels.n]
     return Traffic(
+        placement=placement,
         read_place=read_place,
         write_place=write_place,
         main_read_bytes=main_read + replaced,

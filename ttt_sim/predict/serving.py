@@ -14,6 +14,7 @@ from ttt_sim.config import load_chip
 from ttt_sim.errors import CapacityError, TTTSimError, WorkloadError
 from ttt_sim.lower.levels import link_to, transfer_seconds
 from ttt_sim.lower.tiles import product_rate
+from ttt_sim.model import Parallel
 from ttt_sim.ops import OP_KINDS, OpClass, op_cost
 from ttt_sim.predict.harness import GROUP_OF_OP, HARNESSES
 from ttt_sim.predict.models import MODELS, Formats, ModelShape, Part, call_parts, split_by, weight_bytes
@@ -22,6 +23,7 @@ from ttt_sim.predict.published import OP_METRICS, Case
 from ttt_sim.predict.rows import ROW_DTYPES, Row
 from ttt_sim.predict.workloads import Operand, OpSpec, Step, product_step, size, step_of, trace_of
 from ttt_sim.simulation import simulate_trace
+from ttt_sim.system import microbatches_of
 from ttt_sim.units import ceil_div, format_bytes
 
 #: Metrics that grow with speed; the others are times and powers.
@@ -290,7 +292,8 @@ def predict_on(case: Case, chip: Chip) -> Outcome:
     step_s = _seconds(chip, plan.decode) + plan.decode_send_s if decodes else 0.0
     if case.metric == "power_w":
         joules = sum(part.count * dynamic_j(chip, part.step) for part in plan.decode) * case.tp
-        return Outcome(case=case, predicted=case.chips * chip.power.idle_w + joules * _in_flight(case, plan) / step_s)
+        joules *= microbatches_of(plan.batch, Parallel(pp=case.stages))  # groups of sequences under way together
+        return Outcome(case=case, predicted=case.chips * chip.power.idle_w + joules / step_s)
     prefill_s = _seconds(chip, plan.prefill) + plan.prefill_send_s if prefills else 0.0
     rounds = 1 / plan.prompts if case.batch == 0 else plan.batch / plan.prompts
     least_step, least_prefill = (
@@ -303,11 +306,6 @@ def predict_on(case: Case, chip: Chip) -> Outcome:
         bound=metric_of(case, batch=plan.batch, step_s=least_step, prefill_s=least_prefill * rounds),
         batch=plan.batch if case.batch == 0 else 0,
     )
-
-
-def _in_flight(case: Case, plan: _Plan) -> int:
-    """Groups of sequences that are in the stages at the same time."""
-    return ceil_div(plan.batch, ceil_div(plan.batch, case.stages))
 
 
 def products_in_a_row(row: Row, count: int) -> Step:

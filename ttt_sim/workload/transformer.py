@@ -46,7 +46,8 @@ class OtherMlp(Protocol):
 class Decoder:
     """The model as ``batch`` sequences in lockstep run it; ``dtype`` of weights and activations.
 
-    Of a model that several chips share, ``model`` is what one of them holds (:func:`ttt_sim.model.shard`).
+    Of a model that several chips share, ``model`` is what one of them holds (:func:`ttt_sim.model.shard`). ``stages``:
+    layers before which activations move to other chips; the number of layers stands for the head.
     """
 
     model: Model
@@ -54,16 +55,15 @@ class Decoder:
     batch: int
     dtype: str
     parallel: Parallel = ONE_CHIP
+    stages: tuple[int, ...] = ()
 
     @staticmethod
     def of(model: Model, kv: KVSettings, scenario: Scenario) -> Decoder:
         """The decoder that runs ``scenario``."""
-        return Decoder(model=model, kv=kv, batch=scenario.batch, dtype=scenario.dtype, parallel=scenario.parallel)
-
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """Layers before which activations move to other chips; the number of layers stands for the head."""
-        return stage_starts(self.model, self.parallel.pp)
+        return Decoder(
+            model=model, kv=kv, batch=scenario.batch, dtype=scenario.dtype, parallel=scenario.parallel,
+            stages=stage_starts(model, scenario.parallel.pp),
+        )  # fmt: skip
 
     def size(self, *shape: int) -> int:
         """Bytes of a tensor in the model's format."""
