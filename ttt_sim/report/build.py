@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-
-import pandas as pd
 
 from ttt_sim.data_files import nearest
 from ttt_sim.errors import ConfigError
 from ttt_sim.parallel import run_all
-from ttt_sim.report.data import COLUMNS, ReportData
+from ttt_sim.report.data import COLUMNS, ReportData, plain
 from ttt_sim.report.figures import FIGURES, render_figure, write_table
 from ttt_sim.report.folder import check_out, replaced_folder, write_summary
 from ttt_sim.report.page import page
@@ -50,31 +47,12 @@ def build(
 
 def _summary(data: ReportData) -> dict[str, object]:
     return {
-        "provenance": _plain(data.provenance),
+        "provenance": plain(data.provenance),
         "headlines": {
             phase: {"context_tokens": at.context_tokens, "batch": at.batch} for phase, at in data.headlines.items()
         },
-        "points": _records(data.points),
-        "crossovers": _records(data.crossovers),
+        "points": plain(data.points.to_dict("records")),
+        "crossovers": plain(data.crossovers.to_dict("records")),
         "quality_caveat": data.quality_caveat if data.mixes_quality else None,
         "notes": list(data.notes),
     }
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, object]]:
-    return [{str(name): _plain(value) for name, value in row.items()} for row in frame.to_dict("records")]
-
-
-def _plain(value: object) -> object:
-    """A value as strict JSON knows it: missing and not finite numbers become null, numpy scalars plain ones."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or value is pd.NA or value is pd.NaT:
-        return None
-    if hasattr(value, "item"):  # numpy scalar
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, bool | int | str) else str(value)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import matplotlib
-import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -29,30 +25,24 @@ from ttt_sim.report.compare_words import (
     method_names,
     speed_table,
 )
-from ttt_sim.report.data import QUALITY_CAVEAT, whole_numbers
-from ttt_sim.report.figures import Rendered, save_figure, write_table
+from ttt_sim.report.console import WIDTH, hanging, printer
+from ttt_sim.report.data import QUALITY_CAVEAT, plain, whole_numbers
+from ttt_sim.report.figures import Rendered, render, write_table
 from ttt_sim.report.figures_chips import FIGURES, style_of
 from ttt_sim.report.folder import replaced_folder, write_summary
-from ttt_sim.report.style import RC
+from ttt_sim.report.markdown import figure_lines, table_row
 
-WIDTH = 100
 TITLE = "Chips compared"
 SPEED = f"Decode tokens per second and chip ({DAGGER}: rests on a number of low certainty)"
 
 
 def print_compared(data: Compared, out: Path | None = None, console: Console | None = None) -> None:
     """Print findings and the table of speeds. ``out`` is the folder that holds the report."""
-    console = console or Console(highlight=False, width=None if Console().is_terminal else WIDTH)
-    width = min(console.width, WIDTH)
-
-    def show(item: Text | RichTable) -> None:
-        console.print(item, width=width, highlight=False)
-
+    show = printer(console)
     show(Text(f"{TITLE}: {context_line(data)}", style="bold"))
     show(Text())
     for sentence in [*findings(data), *by_kind(data), *_caveat(data)]:
-        text = textwrap.fill(sentence, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
-        show(Text(text))
+        show(hanging("- ", sentence))
     show(Text())
     show(_rich(data, speed_table(data)))
     if out is not None:
@@ -88,29 +78,20 @@ def page(data: Compared, figures: Sequence[Rendered], provenance: Mapping[str, o
     lines += ["", "## By kind of hardware", ""]
     lines += [f"- {sentence}" for sentence in by_kind(data)]
     lines += ["", f"## {SPEED}", "", *_markdown(speed_table(data), left=2)]
-    lines += ["", "## Figures", ""]
-    for figure in figures:
-        lines += [
-            f"### {figure.title}", "", f"![{figure.name}](figures/{figure.name}.png)", "",
-            f"{figure.caption} ([SVG](figures/{figure.name}.svg), [data](figures/{figure.name}.csv))", "",
-        ]  # fmt: skip
+    lines += ["", "## Figures", "", *figure_lines(figures)]
     lines += ["## Every chip and method", "", "All columns: [data/compare.csv](data/compare.csv).", ""]
-    lines += [*_markdown(full_table(data), left=3), "", "## Terms", "", *_row(("term", "meaning")), "| --- | --- |"]
-    lines += [line for term in TERMS for line in _row(term)]
+    lines += [*_markdown(full_table(data), left=3), "", "## Terms", "", table_row("term", "meaning"), "| --- | --- |"]
+    lines += [table_row(*term) for term in TERMS]
     lines += ["", "## Where this comes from", "", "| | |", "| --- | --- |"]
     for key, value in provenance.items():
         if not isinstance(value, Mapping | list):
-            lines += _row((key.replace("_", " "), f"`{value}`"))
+            lines.append(table_row(key.replace("_", " "), f"`{value}`"))
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _markdown(table: Table, *, left: int) -> list[str]:
     marks = ["---" if number < left else "---:" for number in range(len(table.header))]
-    return [*_row(table.header), *_row(marks), *(line for row in table.rows for line in _row(row))]
-
-
-def _row(cells: Sequence[str]) -> list[str]:
-    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"]
+    return [table_row(*table.header), table_row(*marks), *(table_row(*cells) for cells in table.rows)]
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -124,7 +105,6 @@ def write_compared(data: Compared, out: Path, *, command: str, version: str, wor
     """
     provenance = _provenance(data, command, version)
     with replaced_folder(out) as folder:
-        (folder / "figures").mkdir()
         rendered = run_all(partial(_render, data=data, folder=folder), list(FIGURES), workers=workers)
         (folder / "data").mkdir()
         write_table(whole_numbers(data.table), folder / "data" / "compare.csv")
@@ -136,9 +116,7 @@ def write_compared(data: Compared, out: Path, *, command: str, version: str, wor
                 "provenance": provenance,
                 "findings": findings(data),
                 "by_kind": by_kind(data),
-                "rows": [
-                    {str(k): _plain(v) for k, v in row.items()} for row in whole_numbers(data.table).to_dict("records")
-                ],
+                "rows": plain(whole_numbers(data.table).to_dict("records")),
                 "left_out": list(data.left_out),
                 "quality_caveat": next(iter(_caveat(data)), None),
             },
@@ -146,11 +124,7 @@ def write_compared(data: Compared, out: Path, *, command: str, version: str, wor
 
 
 def _render(name: str, *, data: Compared, folder: Path) -> Rendered:
-    with matplotlib.rc_context(dict(RC)):
-        drawn = FIGURES[name](data)
-        save_figure(drawn.figure, folder / "figures" / name)
-    write_table(drawn.table, folder / "figures" / f"{name}.csv")
-    return Rendered(name, drawn.title, drawn.caption)
+    return render(name, partial(FIGURES[name], data), folder / "figures")
 
 
 def _provenance(data: Compared, command: str, version: str) -> dict[str, object]:
@@ -166,18 +140,8 @@ def _provenance(data: Compared, command: str, version: str) -> dict[str, object]
         "dtype": "that of each chip" if s.dtype is None else s.dtype,
         "kv_dtype": "that of the method" if s.kv_dtype is None else s.kv_dtype,
         "call_tokens": s.call_tokens,
-        "ttt": {name: _plain(value) for name, value in asdict(s.ttt).items()},
+        "ttt": plain(asdict(s.ttt)),
         "chips": [
             {"chip": label_of(chip), "dtype": s.dtype_of(chip), "file_sha256": chip.file_sha256} for chip in s.chips
         ],
     }
-
-
-def _plain(value: object) -> object:
-    """As strict JSON knows it: numpy scalars become plain ones, and what is missing or not a number becomes null."""
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if value is None or value is pd.NA or value is pd.NaT:
-        return None
-    plain = value.item() if hasattr(value, "item") else value
-    return None if isinstance(plain, float) and not math.isfinite(plain) else plain

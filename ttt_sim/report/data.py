@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,21 @@ def _complete(name: str, frame: pd.DataFrame) -> pd.DataFrame:
     wanted = [*COLUMNS[name], *(column for column in frame.columns if column not in COLUMNS[name])]
     frame = frame.reindex(columns=wanted)
     return whole_numbers(frame) if name == "points" else frame
+
+
+def plain(value: object) -> object:
+    """A value as strict JSON knows it: missing and not finite numbers become null, numpy scalars plain ones."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or value is pd.NA or value is pd.NaT:
+        return None
+    if hasattr(value, "item"):  # numpy scalar
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, bool | int | str) else str(value)
 
 
 def whole_numbers(frame: pd.DataFrame) -> pd.DataFrame:

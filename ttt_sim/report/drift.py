@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -16,14 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ttt_sim.drift import STORAGES, Drift
-from ttt_sim.report.data import tokens_label
-from ttt_sim.report.figures import save_figure, write_table
+from ttt_sim.report.console import WIDTH, printer
+from ttt_sim.report.data import plain, tokens_label
+from ttt_sim.report.figures import render
 from ttt_sim.report.figures_drift import FORMAT_STYLES, clip_title, context_of, drift_figure, rows_of
 from ttt_sim.report.folder import replaced_folder, write_summary
+from ttt_sim.report.markdown import table_row
 from ttt_sim.report.names import three_digits
-from ttt_sim.report.style import RC
 
-WIDTH = 100
 #: Errors of the output whose first occurrence is reported.
 THRESHOLDS = (0.01, 0.1)
 
@@ -163,12 +163,7 @@ def _percent(share: float) -> str:
 
 def print_drift(drift: Drift, out: Path | None = None, console: Console | None = None) -> None:
     """Print the findings. ``out`` is the folder that holds the files; ``console`` defaults to standard output."""
-    console = console or Console(highlight=False, width=None if Console().is_terminal else WIDTH)
-    width = min(console.width, WIDTH)
-
-    def show(item: Text | Table) -> None:
-        console.print(item, width=width, highlight=False)
-
+    show = printer(console)
     show(Text(TITLE, style="bold"))
     show(Text(context_of(drift)))
     for clip in drift.settings.clips:
@@ -199,19 +194,15 @@ def page(drift: Drift, caption: str, provenance: Mapping[str, object]) -> str:
         words = clip_title(drift, clip)
         lines += [f"## {words[0].upper() + words[1:]}", ""]
         lines += [f"- {sentence}" for sentence in findings(drift, clip)]
-        lines += ["", *_row(HEADER), *_row(["---", *["---:"] * (len(HEADER) - 1)])]
-        lines += [line for row in format_rows(drift, clip) for line in _row(row.cells)]
+        lines += ["", table_row(*HEADER), table_row("---", *["---:"] * (len(HEADER) - 1))]
+        lines += [table_row(*of_format.cells) for of_format in format_rows(drift, clip)]
         lines += [""]
     lines += ["## Figure", "", f"![{TITLE}](drift.png)", "", f"{caption} ([SVG](drift.svg), [data](drift.csv))", ""]
-    lines += [f"> {CAVEAT}", "", "## Terms", "", *_row(("term", "meaning")), *_row(("---", "---"))]
-    lines += [line for term in TERMS for line in _row(term)]
+    lines += [f"> {CAVEAT}", "", "## Terms", "", table_row("term", "meaning"), table_row("---", "---")]
+    lines += [table_row(*term) for term in TERMS]
     lines += ["", "## Where this comes from", "", "| | |", "| --- | --- |"]
-    lines += [line for key, value in provenance.items() for line in _row((key.replace("_", " "), f"`{value}`"))]
+    lines += [table_row(key.replace("_", " "), f"`{value}`") for key, value in provenance.items()]
     return "\n".join(lines) + "\n"
-
-
-def _row(cells: Sequence[str]) -> list[str]:
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"]
 
 
 def write_drift(drift: Drift, out: Path, *, command: str, version: str) -> None:
@@ -223,11 +214,8 @@ def write_drift(drift: Drift, out: Path, *, command: str, version: str) -> None:
     """
     provenance = {"ttt_sim_version": version, "command": command}
     with replaced_folder(out) as folder:
-        with matplotlib.rc_context(dict(RC)):
-            drawn = drift_figure(drift)
-            save_figure(drawn.figure, folder / "drift")
-        write_table(drawn.table, folder / "drift.csv")
-        (folder / "README.md").write_text(page(drift, drawn.caption, provenance), encoding="utf-8", newline="\n")
+        rendered = render("drift", partial(drift_figure, drift), folder)
+        (folder / "README.md").write_text(page(drift, rendered.caption, provenance), encoding="utf-8", newline="\n")
         write_summary(folder, {**_summary(drift), "provenance": provenance})
 
 
@@ -245,12 +233,6 @@ def _summary(drift: Drift) -> dict[str, object]:
             {"clip": clip, "first_step": drift.first_step[clip], "clipped_chunks": drift.clipped_chunks[clip]}
             for clip in s.clips
         ],
-        "ends": [{str(key): _plain(value) for key, value in end.items()} for end in ends],
+        "ends": plain(ends),
         "caveat": CAVEAT,
     }  # fmt: skip
-
-
-def _plain(value: object) -> object:
-    """As strict JSON knows it: numpy scalars become plain ones, and what is not a number becomes null."""
-    plain = value.item() if hasattr(value, "item") else value
-    return None if isinstance(plain, float) and not math.isfinite(plain) else plain

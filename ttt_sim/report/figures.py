@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,13 +51,17 @@ def draw(name: str, data: ReportData) -> Drawn:
 
 
 def render_figure(name: str, data: ReportData, folder: Path) -> Rendered:
-    """Write NAME.png, NAME.svg and the table behind them as NAME.csv to ``folder/figures``: same data, same bytes."""
+    """Write one figure to ``folder/figures``, as :func:`render` does."""
+    return render(name, partial(FIGURES[name], data), folder / "figures")
+
+
+def render(name: str, figure: Callable[[], Drawn], folder: Path) -> Rendered:
+    """Write NAME.png, NAME.svg and the table behind them as NAME.csv to ``folder``: same data, same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(dict(RC)):
-        drawn = FIGURES[name](data)
-        figures = folder / "figures"
-        figures.mkdir(parents=True, exist_ok=True)
-        save_figure(drawn.figure, figures / name)
-    write_table(drawn.table, figures / f"{name}.csv")
+        drawn = figure()
+        save_figure(drawn.figure, folder / name)
+    write_table(drawn.table, folder / f"{name}.csv")
     return Rendered(name, drawn.title, drawn.caption)
 
 

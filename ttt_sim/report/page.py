@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ttt_sim.report.data import ReportData, tokens_label
 from ttt_sim.report.figures import Rendered
 from ttt_sim.report.findings import answers, crossing_rows, limit_rows, quality_note, sensitivity_step, time_rows
+from ttt_sim.report.markdown import figure_lines, table_row
 from ttt_sim.report.names import method_title
 
 GLOSSARY: tuple[tuple[str, str], ...] = (
@@ -36,11 +37,7 @@ def page(data: ReportData, figures: Sequence[Rendered]) -> str:
     for phase in data.headlines:
         lines += ["", *_times(data, phase)]
     lines += ["", *_limits(data), "", *_crossings(data), "", "## Figures", ""]
-    for figure in figures:
-        lines += [
-            f"### {figure.title}", "", f"![{figure.name}](figures/{figure.name}.png)", "",
-            f"{figure.caption} ([SVG](figures/{figure.name}.svg), [data](figures/{figure.name}.csv))", "",
-        ]  # fmt: skip
+    lines += figure_lines(figures)
     lines += ["## Terms", "", "| term | meaning |", "| --- | --- |"]
     lines += [f"| {term} | {meaning} |" for term, meaning in GLOSSARY]
     lines += ["", *_provenance(data)]
@@ -50,19 +47,19 @@ def page(data: ReportData, figures: Sequence[Rendered]) -> str:
 def _times(data: ReportData, phase: str) -> list[str]:
     what = "time per token of the prompt" if phase == "prefill" else "time per step"
     lines = [f"## {phase.capitalize()}: {what}, tokens per second of the whole batch", ""]
-    lines += _row("batch", "context", *(method_title(data, method) for method in data.methods))
-    lines += _row(*["---:"] * (2 + len(data.methods)))
-    for row in time_rows(data, phase):
-        lines += _row(str(row.batch), tokens_label(row.context_tokens), *row.cells)
+    lines.append(table_row("batch", "context", *(method_title(data, method) for method in data.methods)))
+    lines.append(table_row(*["---:"] * (2 + len(data.methods))))
+    for at in time_rows(data, phase):
+        lines.append(table_row(str(at.batch), tokens_label(at.context_tokens), *at.cells))
     return lines
 
 
 def _limits(data: ReportData) -> list[str]:
     lines = ["## What limits each method", ""]
-    lines += _row("phase", "method", "bound by", "time goes to", f"{sensitivity_step(data)} more buys")
-    lines += _row(*["---"] * 5)
-    for row in limit_rows(data):
-        lines += _row(row.phase, method_title(data, row.method), row.bound, row.kernels, row.gain)
+    lines.append(table_row("phase", "method", "bound by", "time goes to", f"{sensitivity_step(data)} more buys"))
+    lines.append(table_row(*["---"] * 5))
+    for limit in limit_rows(data):
+        lines.append(table_row(limit.phase, method_title(data, limit.method), limit.bound, limit.kernels, limit.gain))
     return lines
 
 
@@ -71,15 +68,11 @@ def _crossings(data: ReportData) -> list[str]:
     if not rows:
         return []
     lines = ["## Crossovers: context in tokens from which fast weights need less", ""]
-    lines += _row("quantity", "method", "against", "simulated", "closed form", "note")
-    lines += _row("---", "---", "---", "---:", "---", "---:")
-    for row in rows:
-        lines += _row(*row[:5], str(row.note) if row.note else "")
+    lines.append(table_row("quantity", "method", "against", "simulated", "closed form", "note"))
+    lines.append(table_row("---", "---", "---", "---:", "---", "---:"))
+    for crossing in rows:
+        lines.append(table_row(*crossing[:5], str(crossing.note) if crossing.note else ""))
     return [*lines, "", *(f"{number}. {remark}" for number, remark in enumerate(remarks, start=1))]
-
-
-def _row(*cells: str) -> list[str]:
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"]
 
 
 def _provenance(data: ReportData) -> list[str]:
@@ -87,5 +80,5 @@ def _provenance(data: ReportData) -> list[str]:
     for key, value in data.provenance.items():
         text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         if text not in ("", "{}"):
-            lines += _row(key.replace("_", " "), f"`{text}`")
+            lines.append(table_row(key.replace("_", " "), f"`{text}`"))
     return [*lines, *(f"\n{note[0].upper()}{note[1:]}." for note in data.notes)]

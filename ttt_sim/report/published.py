@@ -11,6 +11,7 @@ from ttt_sim.predict.models import Formats
 from ttt_sim.predict.published import METRICS, Case, Published
 from ttt_sim.predict.serving import FAR, Outcome, median_of_chips, summary_of
 from ttt_sim.predict.tolerances import FIGURE_LIMITS, TARGETS, FigureLimit
+from ttt_sim.report.markdown import table_row
 
 #: Kinds of chip files that stand for no machine.
 MADE_UP = ("example", "hypothetical")
@@ -185,20 +186,16 @@ compared with the plain prediction, `aside` is shown only.
 PAGE_COLUMNS = ("Case", "Workload", "Published", "Predicted", "Ratio", "Use", "Certainty", "Source")
 
 
-def _row(*cells: str, rule: bool = False) -> list[str]:
-    lines = [f"| {' | '.join(cells)} |"]
-    return [*lines, f"| {' | '.join('---' for _ in cells)} |"] if rule else lines
-
-
 def published_page(published: Published, outcomes: Sequence[Outcome], chips: Sequence[str]) -> str:
     """The page of all cases in Markdown: a table for each chip, reasons and notes, sources by number."""
     sources = list(dict.fromkeys(outcome.case.source for outcome in outcomes))
-    lines = [_PAGE, *_row("Chip", "Counted", "Median error", "Mean error", "Off by more than 2 times", rule=True)]
+    head = ("Chip", "Counted", "Median error", "Mean error", "Off by more than 2 times")
+    lines = [_PAGE, table_row(*head), table_row(*["---"] * len(head))]
     for name in chips:
         summary = summary_of(outcome for outcome in outcomes if outcome.case.file == name)
         if summary is not None:
             errors = (f"{summary.median:.0f} %", f"{summary.mean:.0f} %", str(summary.n_far))
-            lines += _row(load_chip(name).title, str(summary.n), *errors)
+            lines.append(table_row(load_chip(name).title, str(summary.n), *errors))
     lines.append("")
     for name in chips:
         mine = [outcome for outcome in outcomes if outcome.case.file == name]
@@ -208,7 +205,7 @@ def published_page(published: Published, outcomes: Sequence[Outcome], chips: Seq
             lines += [f"{NO_FIGURE.capitalize()}{f' that can be used: {reason}' if reason else ''}.", ""]
         if not mine:
             continue
-        lines += _row(*PAGE_COLUMNS, rule=True)
+        lines += [table_row(*PAGE_COLUMNS), table_row(*["---"] * len(PAGE_COLUMNS))]
         for o in mine:
             value = f"{_published(o.case)} {unit_of(o.case)}"
             predicted, ratio = ("", "") if o.predicted is None else (figure(o.predicted), f"{o.ratio:.2f}")
@@ -217,7 +214,7 @@ def published_page(published: Published, outcomes: Sequence[Outcome], chips: Seq
                 f"`{o.case.name}`", workload_text(o.case), value, predicted, ratio, f"{o.case.use}{mark}",
                 o.case.certainty, f"[{sources.index(o.case.source) + 1}]",
             )  # fmt: skip
-            lines += _row(*cells)
+            lines.append(table_row(*cells))
         remarks = [(o.case, text) for o in mine for text in (o.case.note, o.case.reason) if text]
         lines += ["", *(f"* `{case.name}`: {text}." for case, text in remarks), *([""] if remarks else [])]
     lines += ["## Sources", "", *(f"{number}. {source}" for number, source in enumerate(sources, start=1)), ""]

@@ -11,24 +11,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ttt_sim.report.console import printer
 from ttt_sim.report.folder import replaced_folder, write_summary
 from ttt_sim.report.names import short_kernel
 from ttt_sim.results import Result
 from ttt_sim.units import ceil_div, format_bytes, format_seconds, format_si
 
-WIDTH = 100
 #: Rows of the table of kernels; the rest is one more row.
 MOST_KERNELS = 16
 
 
 def print_replay(result: Result, console: Console | None = None) -> None:
     """Print totals, time by kernel, use of every unit, energy and memory. ``console`` defaults to standard output."""
-    console = console or Console(highlight=False, width=None if Console().is_terminal else WIDTH)
-    summary = result.summary()
-
-    def show(item: Text | Table) -> None:
-        console.print(item, width=min(console.width, WIDTH), highlight=False)
-
+    show, summary = printer(console), result.summary()
     show(Text(f"{_origin(result)} on {result.chip.title}", style="bold"))
     show(Text())
     show(_totals(result, summary))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ttt_sim.report.console import WIDTH, hanging, printer
 from ttt_sim.report.data import ReportData, tokens_label
 from ttt_sim.report.findings import (
     CrossingRow,
@@ -23,26 +23,16 @@ from ttt_sim.report.findings import (
 )
 from ttt_sim.report.names import method_style, method_title
 
-WIDTH = 100
-
 
 def print_summary(data: ReportData, out: Path | None = None, console: Console | None = None) -> None:
-    """Print the summary of a report. ``out`` is the folder that holds it; ``console`` defaults to standard output.
-
-    Lines are at most 100 characters long. Colours follow the console: none without a terminal or with ``NO_COLOR``.
-    """
-    console = console or Console(highlight=False, width=None if Console().is_terminal else WIDTH)
-    width = min(console.width, WIDTH)
-
-    def show(item: Text | Table) -> None:
-        console.print(item, width=width, highlight=False)
-
+    """Print the summary of a report. ``out`` is the folder that holds it; ``console`` defaults to standard output."""
+    show = printer(console)
     show(Text(f"{data.model} on {data.machine.title}", style="bold"))
     show(Text())
     for sentence in answers(data):
-        show(_hanging("- ", sentence))
+        show(hanging("- ", sentence))
     for note in quality_note(data):
-        show(_hanging("- ", note))
+        show(hanging("- ", note))
     for phase in data.headlines:
         show(Text())
         show(_times(data, phase))
@@ -55,19 +45,12 @@ def print_summary(data: ReportData, out: Path | None = None, console: Console | 
         show(Text())
         show(_crossings(rows))
         for number, remark in enumerate(remarks, start=1):
-            show(_hanging(f"{number:2}  ", remark))
+            show(hanging(f"{number:2}  ", remark))
     compared = data.provenance.get("engines_compared_on")
     if isinstance(compared, list | tuple) and compared:
         show(Text(f"\n{len(compared)} points simulated in both engines: identical cycles."))
     if out is not None:
         show(Text(f"Report: {out / 'README.md'}", style="bold"))
-
-
-def _hanging(mark: str, sentence: str) -> Text:
-    """A paragraph whose lines start under its first word."""
-    return Text(
-        textwrap.fill(sentence, WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark), break_on_hyphens=False)
-    )
 
 
 def _times(data: ReportData, phase: str) -> Table:
