@@ -286,6 +286,18 @@ def test_engines_agree_on_systems(method: str, parallel: Parallel, phase: str) -
     assert record["chips"] == parallel.chips
 
 
+def test_parts_of_a_context_lie_beyond_the_group_that_shares_a_layer() -> None:
+    """Two chips of each tensor-parallel group are near each other, the two parts of the context are not."""
+    near, far = replace(LINK_1, name="near", peers=1), replace(LINK_1, name="far")
+    chip = replace(load_chip("tiny_gpu"), links=(near, far))
+    trace = trace_of("kv", Parallel(tp=2, cp=2))
+    lowered = lower(trace, chip)
+    for kind, link in (("kv_ring", 1), ("allreduce", 0)):
+        kernels = lowered.kernels.of_op[of_kind(trace, kind)]
+        assert (lowered.work.link_bytes[kernels, link] > 0).all(), kind
+        assert not lowered.work.link_bytes[kernels, 1 - link].any(), kind
+
+
 # --- records and choice of a system -----------------------------------------------------------------------------------
 
 

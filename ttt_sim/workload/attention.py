@@ -119,7 +119,7 @@ def emit_attention(s: Segment, model: Model, kv: KVSettings, batch: int, dtype: 
         dtype=dtype, m=rows, n=q_width + kv_width,
     )  # fmt: skip
     if parallel.cp > 1 and m > 1:
-        _shared_prompt(s, model, kv, batch, dtype, rotated_q, rotated_k, v, parallel.cp)
+        _shared_prompt(s, model, kv, batch, dtype, rotated_q, rotated_k, v, parallel)
     elif kv.window_tokens is None or m == 1:
         # One new row takes the slot of the token that leaves the window with it, so it may be stored before the core.
         _append(s, model, kv, batch, dtype, rotated_k, v)
@@ -156,14 +156,14 @@ def emit_attention(s: Segment, model: Model, kv: KVSettings, batch: int, dtype: 
 
 
 def _shared_prompt(
-    s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, q: Read, k: Read, v: Read, ranks: int
+    s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, q: Read, k: Read, v: Read, parallel: Parallel
 ) -> None:
-    """F6 and F7 of the last of ``ranks`` chips that share a prompt, which sees the tokens of all others.
+    """F6 and F7 of the last of ``cp`` chips that share a prompt, which sees the tokens of all others.
 
     Full attention: keys and values go around the ring, one step beside the core over the part that came before
     (ring attention, arXiv 2310.01889). A window needs the last w - 1 tokens of the chips before this one.
     """
-    m = s.run.tokens
+    m, ranks = s.run.tokens, parallel.cp
     token_bytes = kv_token_bytes(model, kv)
     width = model.n_heads * model.head_dim
     carried: Read = ("attn_core", int(n_bytes(batch * m * width, dtype)))
@@ -172,7 +172,10 @@ def _shared_prompt(
         """P4: ``tokens`` rows of every sequence arrive from the chip before."""
         received = s.buffer("kv_received", (batch, tokens, 2, model.n_kv_heads, model.head_dim), kv.dtype)
         received = (received[0], batch * tokens * token_bytes)
-        s.op("kv_ring", reads=[source], writes=[received], dtype=dtype, m=batch * tokens, n=1, heads=ranks)
+        s.op(
+            "kv_ring", reads=[source], writes=[received], dtype=dtype, m=batch * tokens, n=1, heads=ranks,
+            kv_heads=parallel.tp * ranks,
+        )  # fmt: skip
         return received
 
     own = batch * m * token_bytes
