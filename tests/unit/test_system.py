@@ -18,6 +18,7 @@ from ttt_sim.model_config import load_model, load_ttt
 from ttt_sim.ops import BETWEEN_CHIPS, KIND, OP_KINDS, OpClass, Trace, op_classes
 from ttt_sim.simulation import simulate_point, simulate_trace
 from ttt_sim.system import arrange, holdings, least_system, microbatches_of, period_cycles, pipeline_cycles
+from ttt_sim.trace_check import verify
 from ttt_sim.workload import METHODS, build_trace
 
 TOY, TTT = load_model("toy"), load_ttt("toy")
@@ -284,6 +285,24 @@ def test_engines_agree_on_systems(method: str, parallel: Parallel, phase: str) -
     record = simulate_point(replace(point, compare_engines=True)).record
     assert record["fits"], record
     assert record["chips"] == parallel.chips
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("parallel", [Parallel(cp=2), Parallel(cp=4), Parallel(tp=2, pp=2, cp=2)])
+@pytest.mark.parametrize("method", METHODS)
+def test_chips_keep_all_that_they_move(method: str, parallel: Parallel, decode: bool) -> None:
+    """No op moves more of a tensor than it has: scales of received keys and a whole window included."""
+    tokens, model = 8 * CHUNK, replace(TOY, vocab_size=64 * CHUNK)
+    scenario = Scenario.decode((tokens,), parallel=parallel) if decode else Scenario.prefill(tokens, parallel=parallel)
+    verify(build_trace(model, METHODS[method].settings(2 * CHUNK, None, TTT), scenario))
+
+
+def test_a_window_is_on_the_last_chip_of_a_prompt() -> None:
+    window = 2 * CHUNK
+    row = 2 * TOY.n_kv_heads * TOY.head_dim * 2
+    for decode, tokens in ((False, window), (True, window // 4)):
+        trace = trace_of("kv_window", Parallel(cp=4), tokens=16 * CHUNK, decode=decode)
+        assert {t.nbytes for t in trace.tensors if t.role.name == "KV"} == {2 * tokens * row}
 
 
 def test_parts_of_a_context_lie_beyond_the_group_that_shares_a_layer() -> None:

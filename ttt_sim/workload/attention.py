@@ -67,7 +67,11 @@ def visible_pairs(kv: KVSettings, positions: IntArray, rows: int) -> IntArray:
 
 def declare_kv(builder: TraceBuilder, model: Model, kv: KVSettings, scenario: Scenario) -> None:
     """Declare the caches, with room for what they hold at the end. Version 0 is what they hold at the start."""
-    tokens = -(-kept_tokens(kv, scenario.context_tokens) // scenario.parallel.cp)
+    kept = kept_tokens(kv, scenario.context_tokens)
+    if scenario.shares_prompt:  # the last tokens, which a window keeps, are all on the last chip
+        tokens = min(kept, scenario.calls[0].tokens)
+    else:
+        tokens = -(-kept // scenario.parallel.cp)
     builder.declare(
         "kv",
         (scenario.batch, tokens, 2, model.n_kv_heads, model.head_dim),
@@ -170,8 +174,8 @@ def _shared_prompt(
 
     def step(source: Read, tokens: int) -> Read:
         """P4: ``tokens`` rows of every sequence arrive from the chip before."""
-        received = s.buffer("kv_received", (batch, tokens, 2, model.n_kv_heads, model.head_dim), kv.dtype)
-        received = (received[0], batch * tokens * token_bytes)
+        shape, size = (batch, tokens, 2, model.n_kv_heads, model.head_dim), batch * tokens * token_bytes
+        received = s.buffer("kv_received", shape, kv.dtype, size=size)
         s.op(
             "kv_ring", reads=[source], writes=[received], dtype=dtype, m=batch * tokens, n=1, heads=ranks,
             kv_heads=parallel.tp * ranks,

@@ -91,12 +91,17 @@ class Segment:
         self.row_arrays: list[tuple[int, int, IntArray]] = []  # (column, row, value by call)
         self.read_entries, self.write_entries = _Operands(), _Operands()
 
-    def buffer(self, name: str, shape: tuple[int, ...], dtype: str, role: Role = Role.ACTIVATION) -> Write:
-        """An operand to write: a buffer of ``shape``, a new one for each version. Declares its family where needed."""
+    def buffer(
+        self, name: str, shape: tuple[int, ...], dtype: str, role: Role = Role.ACTIVATION, *, size: int | None = None
+    ) -> Write:
+        """An operand to write: a buffer of ``shape``, a new one for each version. Declares its family where needed.
+
+        ``size``: its bytes, if there are more than those of its elements.
+        """
         elements = 1
         for length in shape:
             elements *= length
-        size = int(n_bytes(elements, dtype))
+        size = int(n_bytes(elements, dtype)) if size is None else size
         self._builder.declare(name, shape, dtype, role, layers=self.layers or None, size=size)
         return name, size
 
