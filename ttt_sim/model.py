@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ttt_sim.errors import WorkloadError
+from ttt_sim.errors import UnsupportedError, WorkloadError
 
 Target = Literal["hidden_states", "input_embed"]
 Convolution = Literal["symmetric", "causal"]
@@ -233,11 +233,19 @@ class Scenario:
         """``tokens`` from an empty state in calls of ``call_tokens``, logits after the last one.
 
         A context-parallel group takes the whole prompt in one call, shared evenly.
+
+        Raises:
+            UnsupportedError: a group in which a chip would have less than two tokens, or the last one none.
         """
         if tokens < 1 or call_tokens < 1:
             raise WorkloadError(f"prefill of {tokens} tokens in calls of {call_tokens}: both must be at least 1")
         if parallel.cp > 1:
             mine = -(-tokens // parallel.cp)
+            if mine < 2 or (parallel.cp - 1) * mine >= tokens:
+                raise UnsupportedError(
+                    f"{parallel.cp} chips cannot share a prompt of {tokens} tokens: in equal parts of at least 2 it is "
+                    f"enough for {-(-tokens // max(mine, 2))}"
+                )
             last = Call(position=(parallel.cp - 1) * mine, tokens=mine, logits=True)
             return Scenario(batch=batch, dtype=dtype, calls=(last,), parallel=parallel)
         starts = range(0, tokens, call_tokens)

@@ -235,11 +235,11 @@ def simulate_point(point: Point) -> PointResult:
     """Simulate one point. A point that does not fit, or needs what the chip does not have, is a record with ``fits``
     False and ``reason`` or ``missing`` that says why, not an error."""
     find_mapper(point.chip)  # before anything is found not to fit
-    scenario, plan = _scenario(point)
     record = _identity(point)
     starts = stage_starts(point.model, point.parallel.pp)
     capacity = point.chip.capacity_bytes
     try:
+        scenario, plan = _scenario(point)
         trace = build_trace(point.model, point.method, scenario)
     except UnsupportedError as error:
         return PointResult(point=point, record=record | {"missing": str(error)})

@@ -194,6 +194,10 @@ def arrange(
     if pp > model.n_layers + 2:
         stated = f"pp: {pp} stages" if chips is None else f"chips: {chips} would be {pp} stages"
         raise ConfigError(f"{stated}, but {model.name} has {model.n_layers + 2} parts: layers, embedding, head")
+    if cp is not None and cp > model.max_context_tokens:
+        raise ConfigError(
+            f"cp: {cp} chips, but contexts of {model.name} have {model.max_context_tokens} tokens at most"
+        )
     return Parallel(tp=tp, pp=pp, cp=cp or 1)
 
 

@@ -297,6 +297,16 @@ def test_chips_keep_all_that_they_move(method: str, parallel: Parallel, decode: 
     verify(build_trace(model, METHODS[method].settings(2 * CHUNK, None, TTT), scenario))
 
 
+@pytest.mark.parametrize(("tokens", "cp", "enough"), [(128, 500, 64), (128, 128, 64), (9, 6, 5), (3, 3, 2)])
+def test_a_prompt_is_not_longer_on_more_chips(tokens: int, cp: int, enough: int) -> None:
+    """A chip that would have no token of the prompt must not be given one."""
+    record = record_of(phase="prefill", context=tokens, cp=cp)
+    assert not record["fits"]
+    assert f"{cp} chips cannot share a prompt of {tokens} tokens" in str(record["missing"])
+    assert str(record["missing"]).endswith(f"enough for {enough}")
+    assert record_of(phase="prefill", context=tokens, cp=enough)["fits"]
+
+
 def test_a_window_is_on_the_last_chip_of_a_prompt() -> None:
     window = 2 * CHUNK
     row = 2 * TOY.n_kv_heads * TOY.head_dim * 2
@@ -385,6 +395,7 @@ def test_arrangements(given: dict[str, int], expected: Parallel) -> None:
         ({"chips": 8, "tp": 2, "pp": 2}, "chips: 8 is not tp 2 x pp 2 = 4"),
         ({"tp": 3}, "tp: 3 chips cannot share .* evenly; numbers that can: 1, 2, 4"),
         ({"pp": 99}, "pp: 99 stages, but .* has 8 parts"),
+        ({"cp": 10**20}, "cp: 1(0{20}) chips, but contexts of toy have [0-9]+ tokens at most"),
     ],
 )
 def test_arrangements_that_cannot_be(given: dict[str, int], message: str) -> None:
