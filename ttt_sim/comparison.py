@@ -13,7 +13,7 @@ from ttt_sim.crossover import BASELINE, Record, interpolated_crossing, state_cro
 from ttt_sim.engine import prepare
 from ttt_sim.errors import CapacityError, ConfigError, WorkloadError
 from ttt_sim.grid import BATCH_POINTS, make_point, weight_bytes
-from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, TTTSettings, stage_starts
+from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, TTTSettings, shard, stage_starts
 from ttt_sim.model_config import check_ttt
 from ttt_sim.parallel import Progress, run_all
 from ttt_sim.simulation import PHASES, Point, simulate_point
@@ -360,7 +360,7 @@ def _held_by_system(point: Point, capacity: int) -> int:
     scenario = Scenario.decode((max(point.context_tokens - 1, 0),), batch=1, dtype=point.dtype, parallel=alone)
     pipelined = point.parallel.pp > 1
     held = holdings(build_trace(point.model, point.method, scenario), point.model.n_layers, pipelined=pipelined)
-    starts = stage_starts(point.model, point.parallel.pp)
+    starts = stage_starts(shard(point.model, point.parallel.tp), point.parallel.pp)
     weights, with_one = held.by_stage(starts, 0), held.by_stage(starts, 1)
     room = [(capacity - fixed) // (full - fixed) for fixed, full in zip(weights, with_one, strict=True) if full > fixed]
     return max(min(room), 0)

@@ -15,7 +15,7 @@ from ttt_sim.engine import run
 from ttt_sim.errors import CapacityError, ConservationError, UnsupportedError, WorkloadError
 from ttt_sim.intervals import ANY_OP, interval
 from ttt_sim.lower import DEFAULT_DETAIL, find_mapper, lower
-from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, stage_starts
+from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, shard, stage_starts
 from ttt_sim.ops import KIND, IntArray, Trace, persistent_bytes, total_by
 from ttt_sim.power import throttled_seconds
 from ttt_sim.results import FloatArray, Result
@@ -236,7 +236,7 @@ def simulate_point(point: Point) -> PointResult:
     False and ``reason`` or ``missing`` that says why, not an error."""
     find_mapper(point.chip)  # before anything is found not to fit
     record = _identity(point)
-    starts = stage_starts(point.model, point.parallel.pp)
+    starts = stage_starts(shard(point.model, point.parallel.tp), point.parallel.pp)
     capacity = point.chip.capacity_bytes
     try:
         scenario, plan = _scenario(point)

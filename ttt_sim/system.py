@@ -112,11 +112,12 @@ def least_system(
             break
         scenario = Scenario.decode((max(context_tokens - 1, 0),), batch=batch, dtype=dtype, parallel=Parallel(tp=tp))
         traces = [build_trace(model, method, scenario) for method in methods]
+        part = shard(model, tp)
         pp = _least_stages(
             chip.main_memory.capacity_bytes,
-            model,
+            part,
             batch,
-            _room(chip, shard(model, tp), rows, updates, dtype),
+            _room(chip, part, rows, updates, dtype),
             [holdings(trace, model.n_layers, pipelined=False) for trace in traces],
             [holdings(trace, model.n_layers, pipelined=True) for trace in traces],
         )
@@ -142,14 +143,17 @@ def _room(chip: Chip, part: Model, rows: int, updates: bool, dtype: str) -> int:
 
 
 def _least_stages(
-    capacity: int, model: Model, batch: int, room: int, alone: Sequence[Holdings], piped: Sequence[Holdings]
+    capacity: int, part: Model, batch: int, room: int, alone: Sequence[Holdings], piped: Sequence[Holdings]
 ) -> int | None:
-    """Least stages of which each fits ``capacity`` bytes, beside ``room`` for each sequence that is at work there."""
+    """Least stages of which each fits ``capacity`` bytes, beside ``room`` for each sequence that is at work there.
+
+    ``part``: what one chip of a tensor-parallel group holds of the model.
+    """
     if all(max(held.by_stage(())) + batch * room <= capacity for held in alone):
         return 1
     fewest = max(ceil_div(int(held.parts.sum() + held.everywhere.sum()), capacity) for held in piped)
-    for pp in range(max(fewest, 2), model.n_layers + 3):
-        starts = stage_starts(model, pp)
+    for pp in range(max(fewest, 2), part.n_layers + 3):
+        starts = stage_starts(part, pp)
         at_work = ceil_div(batch, microbatches_of(batch, Parallel(pp=pp)))
         if all(max(held.by_stage(starts)) + at_work * room <= capacity for held in piped):
             return pp

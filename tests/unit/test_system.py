@@ -173,6 +173,18 @@ def test_a_step_takes_its_way_or_the_slowest_stage() -> None:
     assert period_cycles(np.array([6, 6], dtype=np.int64), stages, 2).tolist() == [6, 10]
 
 
+def test_stages_hold_what_the_trace_sends_between() -> None:
+    """Copied KV heads make layers larger beside the tables, which moves the cuts."""
+    model = replace(TOY, n_heads=8, n_kv_heads=1, n_layers=6, vocab_size=2048)
+    parallel = Parallel(tp=8, pp=3)
+    found = simulate_point(make_point(linked(), model, "kv", phase="decode", context=256, batch=3, parallel=parallel))
+    assert found.result is not None
+    trace = found.result.trace
+    cuts = sorted(int(layer) + 1 for layer in set(trace.layer[of_kind(trace, "stage_send")]))
+    held = holdings(trace, model.n_layers, pipelined=True).by_stage(cuts, 3)
+    assert found.record["peak_memory_bytes"] == max(held) + found.result.peak_temporary_bytes()
+
+
 # --- context parallelism ----------------------------------------------------------------------------------------------
 
 
