@@ -312,7 +312,7 @@ def simulate_point(point: Point) -> PointResult:
     record |= update_record(
         result, twice / (2 * span), batch=ceil_div(point.batch, point.microbatches), seconds=seconds,
         cycle_s=stretch / point.chip.clock_hz, shards=point.parallel.tp,
-        copies=point.microbatches * (point.parallel.cp if plan is None else 1),
+        copies=point.batch / ceil_div(point.batch, point.microbatches) * (point.parallel.cp if plan is None else 1),
     )  # fmt: skip
     rent, price = point.chip.price.per_hour_usd, point.chip.price.purchase_usd
     record["cost_usd_per_million_tokens"] = None if rent is None else chips * rent / 3600 * seconds / tokens * 1e6

@@ -136,12 +136,19 @@ def lifetime_days(writes: CellWrites, seconds: float) -> float | None:
 
 
 def update_record(
-    result: Result, weights: FloatArray, *, batch: int, seconds: float, cycle_s: float, shards: int = 1, copies: int = 1
+    result: Result,
+    weights: FloatArray,
+    *,
+    batch: int,
+    seconds: float,
+    cycle_s: float,
+    shards: int = 1,
+    copies: float = 1,
 ) -> dict[str, object]:
     """Columns of the record of a point whose span takes ``seconds``, in cycles of ``cycle_s``.
 
     ``result`` is the part of one of ``shards`` chips in each update, and ``copies`` like it update other sequences or
-    chunks in the span.
+    chunks in the span; the last may have fewer sequences, which makes it less than one.
     """
     out: dict[str, object] = dict.fromkeys(
         ("update_seconds", "update_added_seconds", "update_energy_j", "update_read_bytes", "update_write_bytes",

@@ -362,6 +362,18 @@ def test_operations_of_all_chips() -> None:
     assert (piped["microbatches"], piped["flops"]) == (2, alone["flops"])
 
 
+@pytest.mark.parametrize(("batch", "pp"), [(4, 2), (5, 2), (5, 4), (1, 3)])
+def test_places_to_spare_are_no_updates(batch: int, pp: int) -> None:
+    """Every sequence updates a layer once per chunk of its tokens, whatever the microbatches."""
+    for phase in ("prefill", "decode"):
+        point = make_point(
+            linked(), TOY, "ttt", phase=phase, context=4 * CHUNK, batch=batch, ttt=TTT, parallel=Parallel(pp=pp)
+        )  # fmt: skip
+        record = simulate_point(point).record
+        tokens_per_s = float(str(record["tokens_per_s"]))
+        assert record["updates_per_s"] == pytest.approx(tokens_per_s / CHUNK, rel=1e-9), phase
+
+
 def test_least_system_of_a_model() -> None:
     chip = linked()
     kv = METHODS["kv"].settings(None, None, None)
