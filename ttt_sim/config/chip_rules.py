@@ -20,6 +20,7 @@ def check_chip(chip: Values, reader: Reader) -> None:
     for memory in memories:
         _check_memory(memory, reader)
     _check_hierarchy(memories, compute, reader)
+    _check_links(chip["links"] or [], memories, compute, reader)
     _check_power(chip["power"], reader)
     _check_price(chip["price"], reader)
     _check_writability(chip["writability"], memories, reader)
@@ -147,6 +148,16 @@ def _check_hierarchy(memories: list[Values], compute: list[Values], reader: Read
         if memory["name"] in names:
             reader.refuse(
                 f"memories.{memory['name']}.name", f"{memory['name']!r} is already the name of a compute unit"
+            )
+
+
+def _check_links(links: list[Values], memories: list[Values], compute: list[Values], reader: Reader) -> None:
+    """Times and energies are told by the name of the part."""
+    names = {memory["name"]: "memory" for memory in memories} | {unit["name"]: "compute unit" for unit in compute}
+    for link in links:
+        if link["name"] in names:
+            reader.refuse(
+                f"links.{link['name']}.name", f"{link['name']!r} is already the name of a {names[link['name']]}"
             )
 
 
