@@ -22,7 +22,15 @@ from ttt_sim.parallel import Progress, run_all
 from ttt_sim.program import TASK_KINDS
 from ttt_sim.report.data import ReportData
 from ttt_sim.results import Result
-from ttt_sim.simulation import PHASES, Point, PointResult, simulate_point, simulate_trace
+from ttt_sim.simulation import (
+    PHASES,
+    Point,
+    PointResult,
+    held_bytes,
+    simulate_point,
+    simulate_trace,
+    step_cycles,
+)
 from ttt_sim.units import ceil_div
 from ttt_sim.workload import build_trace, state_per_sequence
 
@@ -367,10 +375,13 @@ def _steps_around_boundary(outcome: PointResult) -> list[dict[str, object]]:
     scenario = Scenario.decode(positions, batch=batch, dtype=point.dtype, parallel=point.parallel)
     trace = build_trace(point.model, point.method, scenario)
     try:
-        result = simulate_trace(point.chip, trace, engine=point.engine, detail=point.detail, overlap=point.overlap)
+        result = simulate_trace(
+            point.chip, trace, engine=point.engine, detail=point.detail, overlap=point.overlap,
+            held_bytes=held_bytes(point, trace),
+        )  # fmt: skip
     except CapacityError:
         return []
-    cycles = np.diff(result.step_finish_cycles(), prepend=0)
+    cycles = step_cycles(point, result)
     return [
         {**_key(point), "offset_tokens": position - boundary, "seconds": int(c) * cycle_s}
         for position, c in list(zip(positions, cycles, strict=True))[1:]  # the first step fills the pipeline
@@ -381,8 +392,11 @@ def _steps_around_boundary(outcome: PointResult) -> list[dict[str, object]]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def scaled_chips(chip: Chip, step: float) -> dict[str, Chip]:
-    """The chip with one main parameter made better by ``step`` (0.1 = 10 %), by dotted path of the chip file."""
+def scaled_chips(chip: Chip, step: float, *, linked: bool = False) -> dict[str, Chip]:
+    """The chip with one main parameter made better by ``step`` (0.1 = 10 %), by dotted path of the chip file.
+
+    ``linked``: the links to other chips too.
+    """
     better = 1 + step
     out: dict[str, Chip] = {}
     for i, level in enumerate(chip.memories):
@@ -406,6 +420,11 @@ def scaled_chips(chip: Chip, step: float) -> dict[str, Chip]:
     if chip.overheads.op_launch_s:
         overheads = replace(chip.overheads, op_launch_s=chip.overheads.op_launch_s / better)
         out["overheads.op_launch"] = replace(chip, overheads=overheads)
+    for i, link in enumerate(chip.links):
+        if linked and link.scope == "chip" and link.topology != "host":
+            faster_link = replace(link, bytes_per_s=link.bytes_per_s * better)
+            links = (*chip.links[:i], faster_link, *chip.links[i + 1 :])
+            out[f"links.{link.name}.bandwidth"] = replace(chip, links=links)
     return out
 
 
@@ -420,8 +439,11 @@ def _sensitivity(outcome: PointResult) -> list[dict[str, object]]:
     point, trace = outcome.point, outcome.result.trace
     before = outcome.mean_seconds(outcome.result)
     rows: list[dict[str, object]] = []
-    for parameter, chip in scaled_chips(point.chip, SENSITIVITY_STEP).items():
-        result = simulate_trace(chip, trace, engine=point.engine, detail=point.detail, overlap=point.overlap)
+    held = held_bytes(point, trace)
+    for parameter, chip in scaled_chips(point.chip, SENSITIVITY_STEP, linked=point.parallel.chips > 1).items():
+        result = simulate_trace(
+            chip, trace, engine=point.engine, detail=point.detail, overlap=point.overlap, held_bytes=held
+        )
         after = outcome.mean_seconds(result)
         rows.append(
             {

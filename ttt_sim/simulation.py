@@ -199,8 +199,8 @@ class PointResult:
     def mean_cycles(self, result: Result) -> float:
         """Cycles of the whole prefill, or of the mean decode step, in a simulation of this point's trace."""
         if self.point.phase == "prefill":
-            return float(result.cycles)
-        return float((np.diff(result.step_finish_cycles(), prepend=0) * self.step_weights).sum())
+            return float(prefill_cycles(self.point, result))
+        return float((step_cycles(self.point, result) * self.step_weights).sum())
 
     def mean_seconds(self, result: Result) -> float:
         """Seconds of the same, throttled where the chip of ``result`` would draw more than its limit."""
@@ -231,19 +231,48 @@ def _scenario(point: Point) -> tuple[Scenario, DecodePlan | None]:
     return Scenario.decode(plan.positions, batch=batch, dtype=point.dtype, parallel=point.parallel), plan
 
 
+def held_bytes(point: Point, trace: Trace) -> list[int]:
+    """Weights and state of a chip of each pipeline stage, of all microbatches; ``trace`` is of one of them."""
+    starts = _starts(point)
+    held = holdings(trace, point.model.n_layers, pipelined=bool(starts))
+    return held.by_stage(starts, point.microbatches)
+
+
+def prefill_cycles(point: Point, result: Result) -> int:
+    """Cycles of a whole prefill, of all microbatches; ``result`` is of one of them."""
+    if point.parallel.pp == 1:
+        return result.cycles
+    return pipeline_cycles(_stage_cycles(point, result), point.microbatches)
+
+
+def step_cycles(point: Point, result: Result) -> IntArray:
+    """Cycles between two tokens of a sequence, by step of ``result``, which is of one microbatch."""
+    cycles: IntArray = np.diff(result.step_finish_cycles(), prepend=0)
+    if point.parallel.pp == 1:
+        return cycles
+    return period_cycles(cycles, _stage_cycles(point, result), point.microbatches)
+
+
+def _starts(point: Point) -> tuple[int, ...]:
+    return stage_starts(shard(point.model, point.parallel.tp), point.parallel.pp)
+
+
+def _stage_cycles(point: Point, result: Result) -> IntArray:
+    return stage_cycles(result.trace, result.lowered.kernels.lead, result.kernel_advance(), _starts(point))
+
+
 def simulate_point(point: Point) -> PointResult:
     """Simulate one point. A point that does not fit, or needs what the chip does not have, is a record with ``fits``
     False and ``reason`` or ``missing`` that says why, not an error."""
     find_mapper(point.chip)  # before anything is found not to fit
     record = _identity(point)
-    starts = stage_starts(shard(point.model, point.parallel.tp), point.parallel.pp)
     capacity = point.chip.capacity_bytes
     try:
         scenario, plan = _scenario(point)
         trace = build_trace(point.model, point.method, scenario)
     except UnsupportedError as error:
         return PointResult(point=point, record=record | {"missing": str(error)})
-    held = holdings(trace, point.model.n_layers, pipelined=bool(starts)).by_stage(starts, point.microbatches)
+    held = held_bytes(point, trace)
     persistent = max(held)
     if persistent > capacity:
         return PointResult(point=point, record=_does_not_fit(point, record, persistent, "weights and state"))
@@ -266,23 +295,20 @@ def simulate_point(point: Point) -> PointResult:
     steps = int(trace.step.max()) + 1
     around: dict[str, float] = {}  # cycles of steps that decode names
     advance = result.kernel_advance()
-    stages = stage_cycles(trace, result.lowered.kernels.lead, advance, starts)
     # the trace is one chip's part of one microbatch
     parts = point.parallel.tp * point.parallel.cp * point.microbatches
     if plan is None:
         twice = np.full(steps, 2, dtype=np.int64)
         tokens, span = point.batch * point.context_tokens, 1
-        twice_cycles = 2 * (pipeline_cycles(stages, point.microbatches) if starts else result.cycles)
+        twice_cycles = 2 * prefill_cycles(point, result)
     else:
         twice = np.array(plan.twice_weights, dtype=np.int64)
         tokens, span = point.batch, plan.span_tokens
-        step_cycles = np.diff(result.step_finish_cycles(), prepend=0)
-        if starts:
-            step_cycles = period_cycles(step_cycles, stages, point.microbatches)
-        twice_cycles = int((twice * step_cycles).sum())
+        by_step = step_cycles(point, result)
+        twice_cycles = int((twice * by_step).sum())
         if plan.boundary is not None:
             b = plan.boundary
-            boundary = int(step_cycles[b] + max(step_cycles[b + 1] - step_cycles[b + 2], 0))
+            boundary = int(by_step[b] + max(by_step[b + 1] - by_step[b + 2], 0))
             ordinary = (twice_cycles / 2 - boundary) / max(span - 1, 1)
             around = {"boundary_step_seconds": boundary, "ordinary_step_seconds": ordinary}
     # Totals over the span, then per call (prefill) or per step (decode); of all chips.
@@ -303,7 +329,7 @@ def simulate_point(point: Point) -> PointResult:
     spent["energy_j"] = dynamic + spent["idle_energy_j"]
     record |= {
         "peak_memory_bytes": peak,
-        "spilled_bytes": max(peak - room, 0) if starts else result.spilled_bytes,
+        "spilled_bytes": max(peak - room, 0) if point.parallel.pp > 1 else result.spilled_bytes,
         **spent,
         **{f"{name}_per_token": value / tokens for name, value in spent.items()},
         "average_power_w": spent["energy_j"] / seconds,

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from ttt_sim import load_chip, load_model, load_ttt, make_point, simulation
+from ttt_sim.chip import Link
 from ttt_sim.engine import run
 from ttt_sim.experiment import Experiment, run_experiment, scaled_chips
+from ttt_sim.model import Parallel
 from ttt_sim.program import Program, Timeline
 from ttt_sim.simulation import PhaseName, Point, PointResult, simulate_point, simulate_trace
 
@@ -122,6 +124,35 @@ def test_mean_cycles_of_the_trace_on_another_chip_are_that_chip_s_record(engine:
         again = here.mean_cycles(simulate_trace(slower, here.result.trace, engine=engine))
         assert again == pytest.approx(seconds_of(done) * slower.clock_hz)
         assert again > here.mean_cycles(here.result)
+
+
+WIRE = Link(name="wire", topology="switch", bytes_per_s=1e9, latency_s=1e-6)
+
+
+@pytest.mark.parametrize("parallel", [Parallel(pp=3), Parallel(tp=2), Parallel(tp=2, pp=2)])
+def test_sensitivities_start_from_the_record_of_a_system(parallel: Parallel) -> None:
+    """Microbatches in a pipeline, and what its chips spill of their own part, count there too."""
+    chip = load_chip("tiny_tiers", overrides={"memories.hbm.capacity": "300 kB"})
+    experiment = replace(
+        EXPERIMENT, chip=replace(chip, links=(WIRE,)), methods=("kv",), contexts=(128,), batches=(5,), parallel=parallel
+    )
+    data = run_experiment(experiment, command="", version="")
+    assert data.points["fits"].all()
+    assert (data.points["spilled_bytes"] > 0).any()
+    seconds = data.points.set_index("phase")["seconds"]
+    assert data.sensitivity["seconds"].to_list() == pytest.approx(seconds[data.sensitivity["phase"]].to_list())
+    assert (data.sensitivity["gain_frac"] > -0.01).all()
+    gains = data.sensitivity.set_index("parameter")["gain_frac"]
+    assert (gains["links.wire.bandwidth"] > 0).all()
+
+
+def test_links_are_scaled_for_systems_alone() -> None:
+    h100 = load_chip("h100")
+    more = scaled_chips(h100, 0.25, linked=True)
+    assert set(more) - set(scaled_chips(h100, 0.25)) == {"links.nvlink.bandwidth", "links.nic.bandwidth"}
+    before, after = leaves(h100), leaves(more["links.nvlink.bandwidth"])
+    assert {path for path in before if before[path] != after[path]} == {"/links/0/bytes_per_s"}
+    assert after["/links/0/bytes_per_s"] == 1.25 * h100.links[0].bytes_per_s
 
 
 # --- scaled chips -----------------------------------------------------------------------------------------------------

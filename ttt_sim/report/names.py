@@ -117,4 +117,5 @@ def three_digits(value: float) -> str:
 
 def short_parameter(path: str) -> str:
     """Dotted path of a chip parameter without the list that it stands in: ``hbm.bandwidth``."""
-    return path.removeprefix("memories.").removeprefix("compute.").removeprefix("overheads.")
+    head, _, rest = path.partition(".")
+    return rest if head in ("memories", "compute", "overheads", "links") else path
