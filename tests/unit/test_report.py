@@ -233,10 +233,18 @@ def test_tokens_label(tokens, label):
         ("delta_scale+weight_write", "weight write"),
         ("qk_norm+rope+kv_append", "norms, RoPE, residuals"),
         ("attn_norm+attention+o_proj+gate_proj", "whole layer, fused"),
+        ("delta_sum", "update: delta"),
     ],
 )
 def test_kernel_group(label, group):
     assert kernel_group(label) == group
+
+
+def test_transfers_are_a_group_of_their_own():
+    from ttt_sim.ops import OP_KINDS, OpClass
+
+    transfers = [kind.name for kind in OP_KINDS if kind.op_class == OpClass.COLLECTIVE]
+    assert {kernel_group(name) for name in transfers} == {"between chips"}
 
 
 def test_every_op_kind_has_a_group_and_every_group_a_place_in_the_stack():

@@ -30,7 +30,7 @@ _OTHER_STYLES: tuple[tuple[str, str], ...] = (("#CC79A7", "P"), ("#000000", "X")
 KERNEL_GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("weight write", "#B2182B", ("weight_write", "delta_write")),
     ("update: delta", "#F4A582", ("target_conv", "target_proj", "delta_gemm", "outer_gemm", "outer_proj", "delta_norm",
-                                  "delta_scale", "online_update")),
+                                  "delta_scale", "delta_sum", "online_update")),
     ("fast-weight apply", "#E69F00", ("fast_apply", "fast_init")),
     ("attention core", "#2166AC", ("attention",)),
     ("attention projections", "#92C5DE", ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -38,6 +38,7 @@ KERNEL_GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("down", "#A6DBA0", ("down_proj",)),
     ("LM head", "#9970AB", ("lm_head",)),
     ("carry", "#DDCC77", ("carry_append",)),
+    ("between chips", "#B15928", ("allreduce", "allgather", "stage_send", "kv_ring", "delta_scan")),
     ("norms, RoPE, residuals", "#C4C9CE", ()),
 )  # fmt: skip
 WHOLE_LAYER = ("whole layer, fused", "#7F8C8D")
@@ -87,7 +88,7 @@ def group_order() -> list[tuple[str, str]]:
     by_title = {group[0]: (group[0], group[1]) for group in KERNEL_GROUPS}
     order = (
         "attention core", "attention projections", "gate and up", "down", "fast-weight apply", "LM head",
-        "norms, RoPE, residuals", "carry", "update: delta", "weight write",
+        "norms, RoPE, residuals", "between chips", "carry", "update: delta", "weight write",
     )  # fmt: skip
     return [WHOLE_LAYER, *(by_title[title] for title in order)]
 
