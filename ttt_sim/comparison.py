@@ -279,11 +279,11 @@ def _row(settings: Comparison, chip: Chip, system: System, method: str, records:
             "prefill_energy_j_per_token": prefill["energy_j_per_token"],
             "prefill_bound_by": prefill["bound_by"],
             "prefill_bound_kind": bound_kind(chip, str(prefill["bound_by"])),
-            "prefill_weak_inputs": " ".join(weak_inputs(chip, dtype, str(prefill["bound_by"]))),
+            "prefill_weak_inputs": " ".join(weak_inputs(chip, dtype, str(prefill["bound_by"]), chips)),
         }
     if decode["fits"]:
         row |= _decode_columns(chip, decode, chips)
-        row["weak_inputs"] = " ".join(weak_inputs(chip, dtype, str(decode["bound_by"])))
+        row["weak_inputs"] = " ".join(weak_inputs(chip, dtype, str(decode["bound_by"]), chips))
         row["energy_weak_inputs"] = " ".join(weak_energy_inputs(chip, dtype, decode))
         if baseline is not None and baseline["fits"]:
             row["decode_gain"] = _number(decode, "tokens_per_s") / _number(baseline, "tokens_per_s")
@@ -426,13 +426,12 @@ def bound_kind(chip: Chip, unit: str) -> str:
     return "launches" if unit == "launch" else "links"
 
 
-def weak_inputs(chip: Chip, dtype: str, bound_by: str) -> tuple[str, ...]:
-    """Numbers of low certainty that a time rests on: the rate of the unit that bounds it, the share of that rate which
-    is sustained, and constants fitted to measurements."""
+def weak_inputs(chip: Chip, dtype: str, bound_by: str, chips: int = 1) -> tuple[str, ...]:
+    """Numbers of low certainty that a time of ``chips`` chips rests on: the rate of the unit that bounds it, the share
+    of that rate which is sustained, and constants fitted to measurements."""
     paths = ["overheads.op_launch"] if bound_by == "launch" else []
-    paths += [f"memories.{bound_by}.{key}" for key in ("read_bandwidth", "write_bandwidth", "achievable_fraction")] + [
-        f"links.{bound_by}.bandwidth"
-    ]
+    paths += [f"memories.{bound_by}.{key}" for key in ("read_bandwidth", "write_bandwidth", "achievable_fraction")]
+    paths += _link_paths(chip, bound_by, chips)
     for unit in chip.units:
         if unit.name == bound_by:
             formats = [dtype] if dtype in unit.peak_per_s else list(unit.peak_per_s)
@@ -445,15 +444,33 @@ def weak_inputs(chip: Chip, dtype: str, bound_by: str) -> tuple[str, ...]:
     return _low(chip, paths)
 
 
+def _link_paths(chip: Chip, bound_by: str, chips: int) -> list[str]:
+    """Numbers of the links behind a time. Hops between cores count as launches; transfers between cores and between
+    chips are one unit, the latter over the links of the file up to the first that reaches all."""
+    paths: list[str] = []
+    reached = chips == 1
+    for link in chip.links:
+        if link.scope == "core":
+            keys: tuple[str, ...] = {"launch": ("latency",), "link": ("bandwidth", "latency")}.get(bound_by, ())
+        elif bound_by == "link" and link.topology != "host" and not reached:
+            keys = ("bandwidth", "latency", "start", "short_fraction", "bulk_fraction", "bulk_start")
+            reached = link.peers is None or link.peers >= chips - 1
+        else:
+            keys = ()
+        paths += [f"links.{link.name}.{key}" for key in keys]
+    return paths
+
+
 def weak_energy_inputs(chip: Chip, dtype: str, record: Record) -> tuple[str, ...]:
     """Numbers of low certainty behind the largest part of an energy."""
     parts = {"idle": _number(record, "idle_energy_j")}
-    for name in [*(level.name for level in chip.memories), *(unit.name for unit in chip.units)]:
+    links = [link.name for link in chip.links if link.scope == "chip"]
+    for name in [*(level.name for level in chip.memories), *(unit.name for unit in chip.units), *links]:
         parts[name] = float(cast(float, record.get(f"energy_{name}_j") or 0.0))
     largest = max(sorted(parts), key=lambda name: parts[name])
     if largest == "idle":
         return _low(chip, ["power.idle"])
-    paths = [f"memories.{largest}.{key}" for key in ("read_energy", "write_energy")]
+    paths = [f"memories.{largest}.{key}" for key in ("read_energy", "write_energy")] + [f"links.{largest}.energy"]
     return _low(chip, [*paths, *(path for path in chip.provenance if path.startswith(f"compute.{largest}.energy."))])
 
 

@@ -335,6 +335,27 @@ def test_bounding_rate_of_low_certainty_is_weak(tiny: Chip) -> None:
     assert weak_inputs(with_certainty(tiny, "medium", "overheads.op_launch"), "bf16", "launch") == ()
 
 
+def test_times_of_systems_rest_on_the_links_that_they_use() -> None:
+    h100 = load_chip("h100")  # eight in a node
+    doubtful = with_certainty(h100, "low", "links.nvlink.latency", "links.nic.bandwidth", "links.nic.latency")
+    assert weak_inputs(doubtful, "bf16", "link", 8) == ("links.nvlink.latency",)
+    assert weak_inputs(doubtful, "bf16", "link", 9) == (
+        "links.nvlink.latency", "links.nic.bandwidth", "links.nic.latency"
+    )  # fmt: skip
+    assert weak_inputs(doubtful, "bf16", "hbm", 9) == ()
+    northpole = load_chip("northpole")
+    cores = {link.name for link in northpole.links if link.scope == "core"}
+    for bound_by in ("launch", "link"):
+        found = weak_inputs(northpole, "int8", bound_by)
+        assert {path.split(".")[1] for path in found if path.startswith("links.")} == cores
+
+
+def test_energy_of_links_can_be_the_weak_part() -> None:
+    doubtful = with_certainty(load_chip("h100"), "low", "links.nvlink.energy")
+    record = {"idle_energy_j": 1.0, "energy_hbm_j": 2.0, "energy_nvlink_j": 3.0}
+    assert weak_energy_inputs(doubtful, "bf16", record) == ("links.nvlink.energy",)
+
+
 def test_fitted_constants_of_low_certainty_are_weak_whatever_bounds(tiny: Chip) -> None:
     h100 = load_chip("h100")
     path = next(path for path, place in h100.provenance.items() if place.calibration and path.startswith("library."))
