@@ -447,7 +447,7 @@ def _cycles_by_kernel(result: Result, twice_advance: IntArray, span: int) -> dic
 #: Kinds of op that only a TTT method runs; no published measurement has any of them (docs/validation.md).
 TTT_KINDS = (
     "carry_append", "fast_apply", "target_conv", "target_proj", "delta_gemm", "outer_gemm", "outer_proj", "delta_norm",
-    "delta_scale", "weight_write", "delta_write", "online_update", "fast_init",
+    "delta_scale", "delta_sum", "delta_scan", "weight_write", "delta_write", "online_update", "fast_init",
 )  # fmt: skip
 
 
