@@ -162,7 +162,7 @@ def decode_plan(
     cuts = {first, end}
     boundaries: list[int] = []
     if chunk_tokens is not None:
-        completing = [p for p in range(first - 1, end) if (p + 1) % chunk_tokens == 0]
+        completing = [p for p in range(first - uneven_tokens, end) if (p + 1) % chunk_tokens == 0]
         boundaries = [p for p in completing if p >= first]
         alone = {p + i for p in completing for i in range(uneven_tokens + 1)}
         cuts |= {p for step in alone for p in (step, step + 1) if first < p < end}

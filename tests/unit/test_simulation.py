@@ -83,6 +83,14 @@ def test_a_span_of_whole_chunks():
     }  # fmt: skip
 
 
+def test_a_span_that_begins_among_uneven_steps():
+    # Step 32 began a chunk, whose first three steps differ: 33 and 34 stand for themselves, and so do 64 to 66.
+    plan = decode_plan(33, span_tokens=40, chunk_tokens=32, window_tokens=None, uneven_tokens=3)
+    assert dict(zip(plan.positions, plan.twice_weights, strict=True)) == {
+        32: 0, 33: 2, 34: 2, 35: 28, 62: 28, 63: 2, 64: 2, 65: 2, 66: 2, 67: 6, 72: 6, 73: 0,
+    }  # fmt: skip
+
+
 # --- against a simulation of every step -------------------------------------------------------------------------------
 
 CHUNK, WINDOW = 32, 48
