@@ -7,8 +7,9 @@ for what depends on the position. Operands are named by *family*: a tensor per l
 all layers share. The builder fills in the layer.
 
 Versions are counted, not computed from positions: a write makes the version after the last one written, a read takes
-the newest. So versions never skip, also where a scenario leaves calls out. In a scenario that starts at position 0 and
-leaves nothing out, version i of a fast weight is the one that chunk i is applied with.
+the newest. So versions never skip, also where a scenario leaves calls out, and a segment may stand anywhere in a call:
+a backward pass reads what the forward pass of its layer wrote, or what a recomputation wrote since. In a scenario that
+starts at position 0 and leaves nothing out, version i of a fast weight is the one that chunk i is applied with.
 """
 
 from __future__ import annotations
@@ -51,31 +52,21 @@ class Run:
 
 
 @dataclass(slots=True)
-class _Family:
-    """Tensors of one name. ``per_call``: written exactly once in every call, so its version is the step."""
-
-    number: int
-    ids: IntArray  # (n_layers,) tensor id by layer
-    newest: int
-    per_call: bool
-
-
-@dataclass(slots=True)
 class _Operands:
     """Operand entries of a segment, in op order."""
 
     counts: list[int] = field(default_factory=list)  # entries of each op
     families: list[int] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)  # in the first call of the run
+    ago: list[int] = field(default_factory=list)  # writes before the newest; 0 for a write
     sizes: list[int] = field(default_factory=list)
     size_arrays: list[tuple[int, IntArray]] = field(default_factory=list)  # (entry, bytes by call)
 
-    def add(self, family: int, version: int, size: Num) -> None:
+    def add(self, family: int, ago: int, size: Num) -> None:
         if isinstance(size, np.ndarray):
             self.size_arrays.append((len(self.sizes), size))
             size = 0
         self.families.append(family)
-        self.versions.append(version)
+        self.ago.append(ago)
         self.sizes.append(int(size))
 
 
@@ -86,7 +77,6 @@ class Segment:
         self._builder = builder
         self.run = run
         self.layers = tuple(layers)
-        self.writes: dict[str, int] = {}  # versions written per call, by family
         self.rows: list[list[int]] = []
         self.row_arrays: list[tuple[int, int, IntArray]] = []  # (column, row, value by call)
         self.read_entries, self.write_entries = _Operands(), _Operands()
@@ -134,23 +124,15 @@ class Segment:
             else:
                 row.append(int(value))
         self.rows.append(row)
+        number = self._builder.number_of
         before = len(self.read_entries.sizes)
         for operand in reads:
-            ago = operand[2] if len(operand) == 3 else 0
-            self.read_entries.add(*self._newest(operand[0], ago), operand[1])
+            self.read_entries.add(number(operand[0]), operand[2] if len(operand) == 3 else 0, operand[1])
         self.read_entries.counts.append(len(self.read_entries.sizes) - before)
         before = len(self.write_entries.sizes)
         for name, size in writes:
-            self.writes[name] = self.writes.get(name, 0) + 1
-            self.write_entries.add(*self._newest(name, 0), size)
+            self.write_entries.add(number(name), 0, size)
         self.write_entries.counts.append(len(self.write_entries.sizes) - before)
-
-    def _newest(self, name: str, ago: int) -> tuple[int, int]:
-        """Number of the family, and its version ``ago`` writes before the newest in the first call of the run."""
-        family = self._builder.families[name]
-        if family.per_call:
-            return family.number, self.run.first_step
-        return family.number, family.newest + self.writes.get(name, 0) - ago
 
 
 @dataclass(slots=True)
@@ -167,10 +149,11 @@ class TraceBuilder:
     """Declares tensors, takes runs, returns the trace."""
 
     def __init__(self, n_layers: int) -> None:
-        self.families: dict[str, _Family] = {}
         self._n_layers = n_layers
         self._tensors: list[Tensor] = []
-        self._ids: list[IntArray] = []  # by family number
+        self._numbers: dict[str, int] = {}
+        self._ids: list[IntArray] = []  # by family number: (n_layers,) tensor id by layer
+        self._written: IntArray = np.zeros(0, dtype=np.int64)  # by tensor id: versions written by the runs so far
         self._blocks: list[tuple[IntArray, IntArray, IntArray]] = []  # columns and counts, reads, writes
 
     def declare(
@@ -188,9 +171,9 @@ class TraceBuilder:
         """Declare one tensor per layer of ``layers``, or one for all (None). Again: adds layers, enlarges."""
         if size is None:
             size = int(n_bytes(int(np.prod(shape, dtype=np.int64)), dtype))
-        family = self.families.get(name)
-        if family is None:
-            family = self._add_family(name, np.full(self._n_layers, _ABSENT, dtype=np.int64), initial_version)
+        if name not in self._numbers:
+            self._add_family(name, np.full(self._n_layers, _ABSENT, dtype=np.int64))
+        ids = self._ids[self._numbers[name]]
 
         def make(full_name: str) -> Tensor:
             return Tensor(
@@ -199,35 +182,40 @@ class TraceBuilder:
             )  # fmt: skip
 
         for layer in (0,) if layers is None else layers:
-            known = int(family.ids[layer])
+            known = int(ids[layer])
             full_name = name if layers is None else f"layers.{layer}.{name}"
             if known == _ABSENT:
-                family.ids[slice(None) if layers is None else layer] = len(self._tensors)
+                ids[slice(None) if layers is None else layer] = len(self._tensors)
                 self._tensors.append(make(full_name))
             elif size > self._tensors[known].nbytes:
                 self._tensors[known] = make(full_name)
 
-    def declare_residual(self, shape: tuple[int, ...], dtype: str) -> None:
-        """Declare the residual stream: ``layer_input``, ``layer_output`` of each layer; ``first``, ``last`` outside."""
+    def declare_stream(self, name: str, shape: tuple[int, ...], dtype: str, **families: str) -> None:
+        """Declare what passes through all layers: L + 1 tensors ``name.0`` to ``name.L``, known under four families.
+
+        ``families``: names for ``before`` and ``after`` a layer, and for the ``first`` and the ``last`` of them.
+        """
         first_id = len(self._tensors)
         size = int(n_bytes(int(np.prod(shape, dtype=np.int64)), dtype))
         self._tensors += [
-            Tensor(name=f"residual.{i}", shape=shape, dtype=dtype, role=Role.ACTIVATION, nbytes=size)
+            Tensor(name=f"{name}.{i}", shape=shape, dtype=dtype, role=Role.ACTIVATION, nbytes=size)
             for i in range(self._n_layers + 1)
         ]
         ids = first_id + np.arange(self._n_layers + 1, dtype=np.int64)
-        for name, by_layer in (
-            ("layer_input", ids[:-1]),
-            ("layer_output", ids[1:]),
-            ("first", np.repeat(ids[:1], self._n_layers)),
-            ("last", np.repeat(ids[-1:], self._n_layers)),
-        ):
-            self._add_family(name, by_layer, -1, per_call=True)
+        by_layer = {
+            "before": ids[:-1], "after": ids[1:], "first": np.repeat(ids[:1], self._n_layers),
+            "last": np.repeat(ids[-1:], self._n_layers),
+        }  # fmt: skip
+        for place, family in families.items():
+            self._add_family(family, by_layer[place])
 
-    def _add_family(self, name: str, ids: IntArray, newest: int, *, per_call: bool = False) -> _Family:
-        self.families[name] = _Family(number=len(self._ids), ids=ids, newest=newest, per_call=per_call)
+    def number_of(self, name: str) -> int:
+        """Number of a family that is declared."""
+        return self._numbers[name]
+
+    def _add_family(self, name: str, ids: IntArray) -> None:
+        self._numbers[name] = len(self._ids)
         self._ids.append(ids)
-        return self.families[name]
 
     def add_run(self, run: Run, segments: Sequence[tuple[Segment, int]]) -> None:
         """Append the calls of ``run``, each made of ``segments`` with their layers (-1: none), in order."""
@@ -244,8 +232,6 @@ class TraceBuilder:
             reads += len(segment.read_entries.sizes)
             writes += len(segment.write_entries.sizes)
 
-        stride = self._versions_per_call(repeats)
-        calls = np.arange(n_calls, dtype=np.int64)
         columns = np.empty((len(OP_COLUMNS) + 2, n_calls, ops), dtype=np.int64)
         read_block = np.empty((3, n_calls, reads), dtype=np.int64)
         write_block = np.empty((3, n_calls, writes), dtype=np.int64)
@@ -256,24 +242,35 @@ class TraceBuilder:
                 (read_block, segment.read_entries, place.read_offsets),
                 (write_block, segment.write_entries, place.write_offsets),
             ):
-                self._repeat_entries(block, entries, layers, np.array(offsets), stride, calls)
-        columns[_COLUMN["step"]] = (run.first_step + calls)[:, None]
+                self._repeat_entries(block, entries, layers, np.array(offsets))
+        self._number_versions(columns[:, 0], read_block, write_block)
+        columns[_COLUMN["step"]] = (run.first_step + np.arange(n_calls, dtype=np.int64))[:, None]
         columns[_COLUMN["position"]] = run.positions[:, None]
         self._blocks.append((columns.reshape(len(columns), -1), read_block.reshape(3, -1), write_block.reshape(3, -1)))
-        for family in self.families.values():
-            family.newest += n_calls * int(stride[family.number])
 
-    def _versions_per_call(self, segments: Iterable[Segment]) -> IntArray:
-        stride = np.zeros(len(self._ids), dtype=np.int64)
-        for segment in segments:
-            for name, count in segment.writes.items():
-                number = self.families[name].number
-                assert stride[number] in (0, count), f"layers write {name} different numbers of times"
-                stride[number] = count
-        for family in self.families.values():
-            if family.per_call:
-                stride[family.number] = 1
-        return stride
+    def _number_versions(self, columns: IntArray, reads: IntArray, writes: IntArray) -> None:
+        """Turn "writes ago" in row 1 of both blocks into versions; ``columns`` are those of one call."""
+        n_ops, n_calls = columns.shape[1], reads.shape[1]
+        initial = np.array([tensor.initial_version for tensor in self._tensors], dtype=np.int64)
+        before = np.zeros(initial.size, dtype=np.int64)
+        before[: self._written.size] = self._written
+        newest = initial + before
+        tensor = writes[0, 0]
+        per_call = np.bincount(tensor, minlength=initial.size).astype(np.int64)
+        calls = np.arange(n_calls, dtype=np.int64)[:, None]
+
+        # Writes of one call by tensor, in order of ops; how many of a tensor come before a place is a search in them.
+        place = tensor * (n_ops + 1) + np.repeat(np.arange(n_ops), columns[-1])
+        order = np.argsort(place, kind="stable")
+        start = np.cumsum(per_call) - per_call
+        rank = np.empty_like(order)
+        rank[order] = np.arange(order.size) - start[tensor[order]]
+        writes[1] = newest[tensor] + 1 + rank + per_call[tensor] * calls
+
+        tensor = reads[0, 0]
+        earlier = np.searchsorted(place[order], tensor * (n_ops + 1) + np.repeat(np.arange(n_ops), columns[-2]))
+        reads[1] = newest[tensor] + earlier - start[tensor] - reads[1] + per_call[tensor] * calls
+        self._written = before + n_calls * per_call
 
     @staticmethod
     def _repeat_rows(columns: IntArray, segment: Segment, layers: IntArray, offsets: IntArray) -> None:
@@ -294,15 +291,12 @@ class TraceBuilder:
         entries: _Operands,
         layers: IntArray,
         offsets: IntArray,
-        stride: IntArray,
-        calls: IntArray,
     ) -> None:
         where = (offsets[:, None] + np.arange(len(entries.sizes))).ravel()
         families = np.array(entries.families, dtype=np.int64)
         ids = np.stack(self._ids)[families][:, layers].T.ravel()
-        versions = np.array(entries.versions, dtype=np.int64) + stride[families] * calls[:, None]
         block[0][:, where] = ids
-        block[1][:, where] = np.tile(versions, layers.size)
+        block[1][:, where] = np.tile(np.array(entries.ago, dtype=np.int64), layers.size)
         block[2][:, where] = np.tile(np.array(entries.sizes, dtype=np.int64), layers.size)
         for entry, by_call in entries.size_arrays:
             block[2][:, offsets + entry] = by_call[:, None]

@@ -96,7 +96,10 @@ class Decoder:
         for name, shape in layer_weights.items():
             builder.declare(f"{name}.weight", shape, self.dtype, Role.WEIGHT, layers=layers, initial_version=0)
         declare_kv(builder, model, self.kv, scenario)
-        builder.declare_residual((self.batch, longest, d), self.dtype)
+        builder.declare_stream(
+            "residual", (self.batch, longest, d), self.dtype, before="layer_input", after="layer_output",
+            first="first", last="last",
+        )  # fmt: skip
 
     def emit_start(self, s: Segment) -> None:
         """F0. Token ids are too small to count."""
