@@ -12,16 +12,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ttt_sim.chip import Chip
 from ttt_sim.config import load_chip
+from ttt_sim.data_files import did_you_mean
 from ttt_sim.errors import ConfigError
 from ttt_sim.lower import DEFAULT_DETAIL
 from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, TTTSettings
 from ttt_sim.model_config import load_model, load_ttt
 from ttt_sim.ops import Role
 from ttt_sim.parallel import run_all
-from ttt_sim.simulation import DEFAULT_CALL_TOKENS, PHASES, PhaseName, Point, PointResult, simulate_point
+from ttt_sim.simulation import (
+    DEFAULT_CALL_TOKENS,
+    DEFAULT_QUESTION_TOKENS,
+    PHASES,
+    Point,
+    PointResult,
+    simulate_point,
+)
 from ttt_sim.system import arrange, least_system
 from ttt_sim.units import parse_tokens
-from ttt_sim.workload import METHODS, build_trace, find_method
+from ttt_sim.workload import CONTEXT_METHODS, build_trace, find_method
+from ttt_sim.workload.method import PHASE_NAMES, PhaseName, set_options
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,8 +64,12 @@ def make_point(
     pp: int | None = None,
     cp: int | None = None,
     parallel: Parallel | None = None,
+    question: int | str = DEFAULT_QUESTION_TOKENS,
+    options: Mapping[str, object] | None = None,
 ) -> Point:
     """A point from names or loaded objects. Token counts read as ``131072`` or ``128k``.
+
+    ``question``: tokens of a question (phase ask); ``options`` of the method, by name.
 
     ``chunk`` and ``window`` override the TTT settings and the method's default window. ``dtype``: by default the
     chip's own (:attr:`ttt_sim.chip.Chip.default_dtype`), in which a chip without bf16 also keeps caches and fast
@@ -66,8 +79,8 @@ def make_point(
     Raises:
         ConfigError: a name is unknown or a value is out of range.
     """
-    if phase not in PHASES:
-        raise ConfigError(f"phase: {phase!r} is not one of {', '.join(PHASES)}")
+    if phase not in PHASE_NAMES:
+        raise ConfigError(f"phase: {phase!r} is not one of {', '.join(PHASE_NAMES)}{did_you_mean(phase, PHASE_NAMES)}")
     settings = ttt if isinstance(ttt, TTTSettings) else load_ttt(ttt or "default")
     if chunk is not None:
         settings = replace(settings, chunk_tokens=_tokens("chunk", chunk))
@@ -78,6 +91,10 @@ def make_point(
     shape = model if isinstance(model, Model) else load_model(model)
     dtype = dtype or loaded.default_dtype
     chosen = method_on(loaded, method, window_tokens=window_tokens, kv_dtype=kv_dtype, ttt=settings, dtype=dtype)
+    chosen = set_options(chosen, {name: _text(value) for name, value in (options or {}).items()})
+    phases = find_method(method).phases
+    if phase not in phases:
+        raise ConfigError(f"phase: method {method} has no phase {phase}; it has {', '.join(phases)}")
     tokens = _tokens("context", context)
     call = _tokens("call", call_tokens)
     if parallel is None:
@@ -85,7 +102,7 @@ def make_point(
         asked = any(value is not None for value in (chips, tp, pp, cp))
         parallel = (
             arrange(shape, chips=chips, tp=tp, pp=pp, cp=cp)
-            if asked
+            if asked or phase == "train"
             else least_system(loaded, shape, [chosen], context_tokens=held, rows=rows, dtype=dtype)
         )
     return Point(
@@ -98,6 +115,7 @@ def make_point(
         dtype=dtype,
         chunk_tokens=settings.chunk_tokens,
         call_tokens=call,
+        question_tokens=_tokens("question", question),
         engine=engine,
         detail=detail,
         overlap=overlap,
@@ -117,6 +135,13 @@ def method_on(
         ttt = replace(ttt, fast_dtype=dtype) if ttt.fast_dtype == "bf16" else ttt
         kv_dtype = kv_dtype or (None if name == "kv_quant" else dtype)
     return find_method(name).settings(window_tokens, kv_dtype, ttt)
+
+
+def _text(value: object) -> str:
+    """An option's value as it would be written."""
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _tokens(name: str, value: int | str) -> int:
@@ -147,7 +172,7 @@ def record_of(point: Point) -> Mapping[str, object]:
 def sweep(
     chip: Chip | str | Path = "h100",
     model: str | Path | Sequence[str | Path] = "Qwen3-4B",
-    method: str | Sequence[str] = tuple(METHODS),
+    method: str | Sequence[str] = CONTEXT_METHODS,
     *,
     phase: str | Sequence[str] = PHASES,
     context: int | str | Sequence[int | str] = 32768,

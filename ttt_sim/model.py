@@ -15,6 +15,9 @@ Convolution = Literal["symmetric", "causal"]
 #: recomputed;
 #: ``online``: the delta is accumulated token by token, two tokens late, no rows kept but those the convolution spans.
 Carry = Literal["official", "ring", "keep_z", "online"]
+#: What calls are for. ``infer``: new tokens for sequences that go on; ``train``: each call is a step of training on
+#: whole sequences, with a loss over all rows; ``index``: documents become an index to search.
+Task = Literal["infer", "train", "index"]
 #: How a delta reaches the weight. ``official``: delta GEMM, scale and add are three ops; ``fused``: the GEMM
 #: accumulates into W;
 #: ``resident``: fused, W pinned on chip; ``master``: fused into an fp32 master with a 16-bit shadow for the apply;
@@ -90,12 +93,13 @@ class TTTSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodSettings:
-    """One method with everything it needs: its registry name, what attention keeps, and TTT settings (None without
-    TTT)."""
+    """One method with everything it needs: its registry name, what attention keeps, TTT settings (None without
+    In-Place TTT), and the settings of its own that other methods have (a frozen dataclass, None without any)."""
 
     name: str
     kv: KVSettings
     ttt: TTTSettings | None = None
+    options: object = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +215,7 @@ class Scenario:
     dtype: str
     calls: tuple[Call, ...]
     parallel: Parallel = ONE_CHIP
+    task: Task = "infer"
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -261,6 +266,12 @@ class Scenario:
         """One token at each of the given positions (tokens already seen), with logits."""
         calls = tuple(Call(position=p, tokens=1, logits=True) for p in positions)
         return Scenario(batch=batch, dtype=dtype, calls=calls, parallel=parallel)
+
+    @staticmethod
+    def train(tokens: int, *, batch: int = 1, dtype: str = "bf16", parallel: Parallel = ONE_CHIP) -> Scenario:
+        """One step of training on ``batch`` sequences of ``tokens`` tokens."""
+        call = Call(position=0, tokens=tokens, logits=False)
+        return Scenario(batch=batch, dtype=dtype, calls=(call,), parallel=parallel, task="train")
 
     @property
     def shares_prompt(self) -> bool:

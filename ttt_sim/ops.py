@@ -32,14 +32,18 @@ class Role(IntEnum):
     KV = 2  # keys and values kept for attention
     CARRY = 3  # rows of the unfinished chunk (inputs, targets, hidden rows, online accumulator)
     ACTIVATION = 4
-    GRADIENT = 5  # weight deltas and other temporaries of an update
+    GRADIENT = 5  # weight deltas, gradients and other temporaries of an update
+    OPTIMISER = 6  # moments and master copies that training keeps
+    INDEX = 7  # vectors and codes that retrieval searches
 
 
 #: Roles of tensors that live from the op that makes them to the last op that uses them, not between calls.
 TEMPORARY_ROLES: tuple[Role, ...] = (Role.ACTIVATION, Role.GRADIENT)
 
 #: Reporting classes of memory traffic, by role.
-TRAFFIC_CLASSES: tuple[str, ...] = ("weights", "fast_weights", "kv", "activations", "gradients")
+TRAFFIC_CLASSES: tuple[str, ...] = (
+    "weights", "fast_weights", "kv", "activations", "gradients", "optimiser", "index",
+)  # fmt: skip
 CLASS_OF_ROLE: Mapping[Role, str] = {
     Role.WEIGHT: "weights",
     Role.FAST_WEIGHT: "fast_weights",
@@ -47,13 +51,15 @@ CLASS_OF_ROLE: Mapping[Role, str] = {
     Role.CARRY: "activations",
     Role.ACTIVATION: "activations",
     Role.GRADIENT: "gradients",
+    Role.OPTIMISER: "optimiser",
+    Role.INDEX: "index",
 }
 
 
 class Phase(IntEnum):
     FORWARD = 0
     RECOMPUTE = 1  # forward work done again for an update (official control flow)
-    BACKWARD = 2  # building the delta: convolution, projection, delta GEMM, norm, scale
+    BACKWARD = 2  # building the delta or the gradient
     WEIGHT_WRITE = 3  # the op whose output is a new version of a fast weight
 
 
@@ -109,7 +115,7 @@ OP_KINDS: tuple[OpKind, ...] = (
     OpKind("delta_gemm", "U3", OpClass.MATMUL, "delta GEMM (outer product over the chunk)"),
     OpKind("outer_gemm", "U3'", OpClass.MATMUL, "unprojected delta GEMM, chunk at least d_ff"),
     OpKind("outer_proj", "U2'", OpClass.MATMUL, "projection of the delta, chunk at least d_ff"),
-    OpKind("delta_norm", "U4", OpClass.VECTOR, "Frobenius norm of the delta (barrier)"),
+    OpKind("delta_norm", "U4", OpClass.VECTOR, "norm of a delta or gradient (barrier)"),
     OpKind("delta_scale", "U5", OpClass.VECTOR, "scale of the delta by the rate"),
     OpKind("weight_write", "U6", OpClass.VECTOR, "add of the delta into the fast weight"),
     OpKind("delta_write", "U3+U5+U6", OpClass.MATMUL, "delta GEMM that accumulates into the fast weight"),
@@ -128,6 +134,17 @@ OP_KINDS: tuple[OpKind, ...] = (
     OpKind("kv_ring", "P4", OpClass.COLLECTIVE, "keys and values one step around the ring"),
     OpKind("delta_sum", "P5", OpClass.VECTOR, "sum of the deltas of a chip's chunks"),
     OpKind("delta_scan", "P6", OpClass.COLLECTIVE, "sum of the deltas of all chips before this one"),
+    OpKind("loss", "B1", OpClass.VECTOR, "cross-entropy over the vocabulary"),
+    OpKind("loss_grad", "B2", OpClass.VECTOR, "gradient of the logits"),
+    OpKind("input_grad", "B3", OpClass.MATMUL, "gradient of a product's input"),
+    OpKind("weight_grad", "B4", OpClass.MATMUL, "gradient of a weight (outer product over tokens)"),
+    OpKind("attention_grad", "B5", OpClass.ATTENTION, "attention core, backward"),
+    OpKind("norm_grad", "B6", OpClass.VECTOR, "RMSNorm, backward"),
+    OpKind("rope_grad", "B7", OpClass.VECTOR, "rotary position embedding, backward"),
+    OpKind("silu_mul_grad", "B8", OpClass.VECTOR, "SiLU and product, backward"),
+    OpKind("grad_add", "B9", OpClass.VECTOR, "sum of gradients that meet"),
+    OpKind("momentum_write", "B10", OpClass.VECTOR, "step of gradient descent with momentum"),
+    OpKind("adam_write", "B11", OpClass.VECTOR, "step of Adam"),
 )
 #: Kinds that no method emits: ops of which latencies are published, simulated one by one.
 MEASURED_ALONE: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("M"))
@@ -136,6 +153,11 @@ BETWEEN_CHIPS: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind
 #: Transfers that run beside the other work of a chip.
 BESIDE: tuple[str, ...] = ("kv_ring", "delta_scan")
 KIND: Mapping[str, int] = {kind.name: code for code, kind in enumerate(OP_KINDS)}
+#: Products that an attention core is: scores and weighted sum; backward the scores again, and the gradients of weights,
+#: values, queries and keys.
+ATTENTION_PRODUCTS: Mapping[str, int] = {"attention": 2, "attention_grad": 5}
+#: Operands as large as the queries that a core reads: queries; backward also its output and the gradient of that.
+_QUERY_OPERANDS: Mapping[str, int] = {"attention": 1, "attention_grad": 3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +249,7 @@ class LaneCost(NamedTuple):
     lanes: int = 0
     exp: int = 0
     div: int = 0
+    rsqrt: int = 0
     rsqrt_per_row: int = 0
     flops: int = 0
 
@@ -252,7 +275,17 @@ LANE_COST: Mapping[str, LaneCost] = {
     "gelu": LaneCost(lanes=8, exp=1),
     "quantise": LaneCost(lanes=3),
     "delta_sum": LaneCost(lanes=1),
+    "loss": LaneCost(lanes=4, exp=1),
+    "loss_grad": LaneCost(lanes=2),
+    "norm_grad": LaneCost(lanes=6, rsqrt_per_row=1),
+    "rope_grad": LaneCost(lanes=3),
+    "silu_mul_grad": LaneCost(lanes=12, exp=1, div=1),
+    "grad_add": LaneCost(lanes=1),
+    "momentum_write": LaneCost(lanes=4),
+    "adam_write": LaneCost(lanes=12, rsqrt=1, div=1),
 }
+#: Lane operations per visible pair and head, one of them an exponential.
+_PAIR_LANES: Mapping[str, int] = {"attention": 5, "attention_grad": 6}
 
 
 class OpCost(NamedTuple):
@@ -277,14 +310,14 @@ def op_cost(
         return OpCost(2 * batch * m * n * k, extra_lanes, 0, 0, 0)
     if op_class == OpClass.ATTENTION:
         scores = batch * heads * pairs
-        return OpCost(4 * k * scores, 5 * scores + extra_lanes, scores, 0, 0)
+        return OpCost(2 * ATTENTION_PRODUCTS[kind] * k * scores, _PAIR_LANES[kind] * scores + extra_lanes, scores, 0, 0)
     if op_class in (OpClass.COPY, OpClass.COLLECTIVE):
         return OpCost(0, extra_lanes, 0, 0, 0)
     if op_class == OpClass.SCAN:  # per token and state: k^T S, the outer product and q^T S
         return OpCost(6 * batch * heads * m * n * k, extra_lanes, 0, 0, 0)
     rule, elements = LANE_COST[kind], batch * m * n
-    roots = rule.rsqrt_per_row * batch * m
-    lanes = rule.lanes * elements + roots + extra_lanes
+    roots = rule.rsqrt_per_row * batch * m + rule.rsqrt * elements
+    lanes = rule.lanes * elements + rule.rsqrt_per_row * batch * m + extra_lanes
     return OpCost(rule.flops * elements, lanes, rule.exp * elements, roots, rule.div * elements)
 
 
@@ -309,8 +342,10 @@ def element_bits(trace: Trace) -> IntArray:
 
 
 def query_bytes(trace: Trace) -> IntArray:
-    """Bytes of the queries of each attention core; of other ops without meaning."""
-    return -(-trace.batch * trace.heads * trace.m * trace.k * element_bits(trace) // 8)
+    """Bytes of the queries of each attention core, and of what else it reads of their size; of other ops without
+    meaning."""
+    operands = np.array([_QUERY_OPERANDS.get(kind.name, 1) for kind in OP_KINDS], dtype=np.int64)[trace.kind]
+    return operands * -(-trace.batch * trace.heads * trace.m * trace.k * element_bits(trace) // 8)
 
 
 def overwritten(trace: Trace) -> npt.NDArray[np.bool_]:

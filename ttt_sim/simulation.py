@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 
@@ -15,22 +14,25 @@ from ttt_sim.engine import run
 from ttt_sim.errors import CapacityError, ConservationError, UnsupportedError, WorkloadError
 from ttt_sim.intervals import ANY_OP, interval
 from ttt_sim.lower import DEFAULT_DETAIL, find_mapper, lower
-from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, shard, stage_starts
+from ttt_sim.model import ONE_CHIP, Call, MethodSettings, Model, Parallel, Scenario, shard, stage_starts
 from ttt_sim.ops import KIND, IntArray, Trace, persistent_bytes, total_by
 from ttt_sim.power import throttled_seconds
 from ttt_sim.results import FloatArray, Result
 from ttt_sim.system import holdings, least_system, microbatches_of, period_cycles, pipeline_cycles, stage_cycles
 from ttt_sim.units import ceil_div, format_bytes
 from ttt_sim.update_cost import update_record
-from ttt_sim.workload import build_trace, state_per_sequence
+from ttt_sim.workload import build_trace, find_method, state_per_sequence
 from ttt_sim.workload.fast_state import CONV_TAPS
+from ttt_sim.workload.method import PhaseName
 
-PhaseName = Literal["prefill", "decode"]
+#: Phases that every method has and that grids go through.
 PHASES: tuple[PhaseName, ...] = ("prefill", "decode")
 
 #: New tokens per sequence in one prefill call. Serving engines cut long prompts into calls of this order so that
 #: activations stay small; it is a multiple of the usual chunk sizes.
 DEFAULT_CALL_TOKENS = 8192
+#: A question about a context, in tokens.
+DEFAULT_QUESTION_TOKENS = 128
 
 
 def simulate_trace(
@@ -94,7 +96,8 @@ def _excess(trace: Trace, chip: Chip, held_bytes: Sequence[int], *, temporary: i
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """What to simulate. ``context_tokens``: prompt length (prefill), or tokens already held by the sequence (decode).
+    """What to simulate. ``context_tokens``: prompt length (prefill), tokens that were taken in (ask, decode), tokens of
+    each sequence that is trained on (train), or of the documents (index). ``question_tokens``: of a question (ask).
 
     Decode stands for the next ``chunk_tokens`` tokens, of which a few steps are simulated; see :func:`decode_plan`.
     """
@@ -108,6 +111,7 @@ class Point:
     dtype: str = "bf16"
     chunk_tokens: int = 1024
     call_tokens: int = DEFAULT_CALL_TOKENS
+    question_tokens: int = DEFAULT_QUESTION_TOKENS
     engine: str = "compiled"
     detail: int = DEFAULT_DETAIL
     overlap: bool = True
@@ -197,8 +201,8 @@ class PointResult:
     result: Result | None = None
 
     def mean_cycles(self, result: Result) -> float:
-        """Cycles of the whole prefill, or of the mean decode step, in a simulation of this point's trace."""
-        if self.point.phase == "prefill":
+        """Cycles of the mean decode step, or of all calls of another phase, in a simulation of this point's trace."""
+        if self.point.phase != "decode":
             return float(prefill_cycles(self.point, result))
         return float((step_cycles(self.point, result) * self.step_weights).sum())
 
@@ -212,17 +216,27 @@ class PointResult:
 def _scenario(point: Point) -> tuple[Scenario, DecodePlan | None]:
     """The calls that a point simulates, of one microbatch, and for decode what each stands for."""
     batch = ceil_div(point.batch, point.microbatches)
-    if point.phase == "prefill":
+    method = find_method(point.method.name)
+    if point.phase not in method.phases:
+        raise WorkloadError(
+            f"phase is {point.phase!r}, which method {method.name} does not have; phases: {', '.join(method.phases)}"
+        )
+    if point.phase == "train":
+        scenario = Scenario.train(point.context_tokens, batch=batch, dtype=point.dtype, parallel=point.parallel)
+        return scenario, None
+    if point.phase in ("prefill", "index"):
         scenario = Scenario.prefill(
             point.context_tokens, batch=batch, dtype=point.dtype, call_tokens=point.call_tokens,
             parallel=point.parallel,
         )  # fmt: skip
-        return scenario, None
-    if point.phase != "decode":
-        raise WorkloadError(f"phase is {point.phase!r}, expected one of {', '.join(PHASES)}")
+        return replace(scenario, task="index" if point.phase == "index" else "infer"), None
+    held = method.held_tokens(point.method, point.context_tokens)
+    if point.phase == "ask":
+        question = Call(position=held, tokens=point.question_tokens, logits=True)
+        return Scenario(batch=batch, dtype=point.dtype, calls=(question,), parallel=point.parallel), None
     ttt = point.method.ttt
     plan = decode_plan(
-        point.context_tokens,
+        held,
         span_tokens=point.chunk_tokens if ttt is None else ttt.chunk_tokens,
         chunk_tokens=None if ttt is None else ttt.chunk_tokens,
         window_tokens=point.method.kv.window_tokens,
@@ -299,7 +313,8 @@ def simulate_point(point: Point) -> PointResult:
     parts = point.parallel.tp * point.parallel.cp * point.microbatches
     if plan is None:
         twice = np.full(steps, 2, dtype=np.int64)
-        tokens, span = point.batch * point.context_tokens, 1
+        new = point.question_tokens if point.phase == "ask" else point.context_tokens
+        tokens, span = point.batch * new, 1
         twice_cycles = 2 * prefill_cycles(point, result)
     else:
         twice = np.array(plan.twice_weights, dtype=np.int64)
@@ -353,6 +368,12 @@ def simulate_point(point: Point) -> PointResult:
     )
 
 
+def call_tokens(point: Point) -> int:
+    """Most tokens of a sequence that one call of a point takes."""
+    longest = {"decode": 1, "ask": point.question_tokens, "train": point.context_tokens}
+    return longest.get(point.phase, point.call_tokens)
+
+
 def _identity(point: Point) -> dict[str, object]:
     """Fields that say what was simulated, and the state that it keeps per sequence."""
     ttt = point.method.ttt
@@ -369,7 +390,7 @@ def _identity(point: Point) -> dict[str, object]:
         "kv_dtype": point.method.kv.dtype,
         "chunk_tokens": None if ttt is None else ttt.chunk_tokens,
         "window_tokens": point.method.kv.window_tokens,
-        "call_tokens": point.call_tokens if point.phase == "prefill" else 1,
+        "call_tokens": call_tokens(point),
         "chips": point.parallel.chips,
         "tp": point.parallel.tp,
         "pp": point.parallel.pp,
@@ -397,14 +418,14 @@ def _does_not_fit(
     """``needed``: bytes on the fullest chip. ``chips_needed``: those of the least larger system found, else at least
     that many. ``capacity`` of one chip for what is needed; its main and backing memory if not said."""
     capacity = point.chip.capacity_bytes if capacity is None else capacity
-    least = least_system(
+    least = None if point.phase == "train" else least_system(
         point.chip, point.model, [point.method], context_tokens=point.context_tokens, batch=point.batch,
-        rows=min(point.context_tokens, point.call_tokens) if point.phase == "prefill" else 1, dtype=point.dtype,
+        rows=min(point.context_tokens, call_tokens(point)), dtype=point.dtype,
     )  # fmt: skip
     here = point.parallel.chips
     chips = least.chips if least is not None and least.chips > here else ceil_div(needed, capacity) * here
     reason = f"{what} need {format_bytes(needed)} of {format_bytes(capacity)}" if needed > capacity else what
-    if least is None:
+    if least is None and point.phase != "train":
         reason += "; no number of linked chips holds it"
     return record | {
         "fits": False,
@@ -444,18 +465,20 @@ def _cycles_by_kernel(result: Result, twice_advance: IntArray, span: int) -> dic
     return {name: cycles / (2 * span) for name, cycles in zip(names, total.tolist(), strict=True)}
 
 
-#: Kinds of op that only a TTT method runs; no published measurement has any of them (docs/validation.md).
-TTT_KINDS = (
+#: Kinds of op of which no published measurement is used (docs/validation.md).
+UNMEASURED_KINDS = (
     "carry_append", "fast_apply", "target_conv", "target_proj", "delta_gemm", "outer_gemm", "outer_proj", "delta_norm",
     "delta_scale", "delta_sum", "delta_scan", "weight_write", "delta_write", "online_update", "fast_init",
+    "loss", "loss_grad", "input_grad", "weight_grad", "attention_grad", "norm_grad", "rope_grad", "silu_mul_grad",
+    "grad_add", "momentum_write", "adam_write",
 )  # fmt: skip
 
 
 def _error_bar(point: Point, result: Result, twice_advance: IntArray, seconds: float) -> dict[str, object]:
     """80 % interval of the time: that of whole models, widened by the share of kernels that nobody has measured."""
-    own = np.isin(result.trace.kind[result.lowered.kernels.lead], [KIND[name] for name in TTT_KINDS])
+    own = np.isin(result.trace.kind[result.lowered.kernels.lead], [KIND[name] for name in UNMEASURED_KINDS])
     share = int(twice_advance[own].sum()) / max(int(twice_advance.sum()), 1)
-    known = interval("e2e_prefill" if point.phase == "prefill" else "e2e_decode_step", seconds * 1e6, point.chip)
+    known = interval("e2e_decode_step" if point.phase == "decode" else "e2e_prefill", seconds * 1e6, point.chip)
     low = (1 - share) * known.low + share * min(known.low, ANY_OP.low)
     high = (1 - share) * known.high + share * max(known.high, ANY_OP.high)
     return {"seconds_low": seconds * low, "seconds_high": seconds * high, "unmeasured_share": share}

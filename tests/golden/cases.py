@@ -13,13 +13,15 @@ from ttt_sim.lower import MAPPERS
 from ttt_sim.model import Carry, Parallel, TTTSettings, WeightWrite
 from ttt_sim.model_config import load_ttt
 from ttt_sim.simulation import PHASES, Point
-from ttt_sim.workload import METHODS
+from ttt_sim.workload import CONTEXT_METHODS, METHODS
 
 #: Chips on which ``toy`` runs with every method, at two contexts and two batches.
 THOROUGH = (
     "h100", "tiny_cim", "tiny_dataflow", "tiny_gpu", "tiny_neuro", "tiny_pcm", "tiny_spatial", "tiny_systolic",
     "tiny_tiers", "tiny_turnaround",
 )  # fmt: skip
+#: Where other methods than those of a context run; one chip of each style whose memory holds a step of training.
+OTHER_METHODS_ON = ("h100", "tiny_gpu", "tiny_spatial", "tiny_systolic")
 
 
 def cases() -> dict[str, Point]:
@@ -34,7 +36,7 @@ def cases() -> dict[str, Point]:
         if chip.execution in MAPPERS:
             # 150 tokens end in an open chunk, 320 do not; a call of 64 tokens holds two chunks.
             shapes = (
-                product(METHODS, PHASES, (150, 320), (1, 2))
+                product(CONTEXT_METHODS, PHASES, (150, 320), (1, 2))
                 if chip_name in THOROUGH
                 else product(("kv", "ttt_window"), PHASES, (150,), (2,))
             )
@@ -44,6 +46,15 @@ def cases() -> dict[str, Point]:
                 )
                 points.append((point, ""))
 
+    others = [other for name, other in METHODS.items() if name not in CONTEXT_METHODS]
+    for chip_name, other in product(OTHER_METHODS_ON, others):
+        for phase in other.phases:
+            point = make_point(
+                chip_name, "toy", other.name, phase=phase, context=150, batch=2, window=64, ttt="toy", call_tokens=64,
+                question=7,
+            )  # fmt: skip
+            points.append((point, ""))
+
     h100 = load_chip("h100")
 
     def qwen(method: str, phase: str, context: str, *, batch: int = 1, ttt: TTTSettings | None = None) -> Point:
@@ -51,8 +62,10 @@ def cases() -> dict[str, Point]:
             h100, "Qwen3-4B", method, phase=phase, context=context, batch=batch, window=1024, ttt=ttt  # type: ignore[arg-type]
         )  # fmt: skip
 
-    points += [(qwen(method, phase, context), "") for method, phase, context in product(METHODS, PHASES, ("4k", "32k"))]
-    points += [(qwen(method, phase, "4k", batch=8), "") for method, phase in product(METHODS, PHASES)]
+    points += [
+        (qwen(method, phase, context), "") for method, phase, context in product(CONTEXT_METHODS, PHASES, ("4k", "32k"))
+    ]
+    points += [(qwen(method, phase, "4k", batch=8), "") for method, phase in product(CONTEXT_METHODS, PHASES)]
     usual = load_ttt("default")
     for write, phase in product(get_args(WeightWrite), PHASES):
         if write == "resident":  # the fast weights of Qwen3-4B do not fit on chip, those of toy do

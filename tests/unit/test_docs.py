@@ -30,7 +30,7 @@ from ttt_sim.report.figures import FIGURES
 from ttt_sim.simulation import PointResult
 from ttt_sim.trace_io.table import COLUMNS, TENSOR_COLUMNS
 from ttt_sim.units import DIMENSIONS, parse_quantity
-from ttt_sim.workload import METHODS, build_trace, state_per_sequence
+from ttt_sim.workload import CONTEXT_METHODS, METHODS, build_trace, state_per_sequence
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -274,16 +274,19 @@ def test_trace_example_can_be_replayed(tmp_path: Path, engine: str) -> None:
 # --- workloads --------------------------------------------------------------------------------------------------------
 
 WORKLOADS = "docs/workloads.md"
+OTHER_METHODS = "docs/methods.md"
 
 
 def test_op_kinds_are_documented() -> None:
-    ids = [t for t in tables(WORKLOADS) if t.columns[0] == "Id"]
+    ids = [t for page in (WORKLOADS, OTHER_METHODS) for t in tables(page) if t.columns[0] == "Id"]
     documented = {(row[0], CODE.findall(row[1])[0]) for t in ids for row in t.rows}
     assert documented == {(kind.spec, kind.name) for kind in OP_KINDS}
 
 
 def test_methods_and_policies_are_documented() -> None:
-    assert names(table(WORKLOADS, "What attention keeps", "Method")) == list(METHODS)
+    assert names(table(WORKLOADS, "What attention keeps", "Method")) == list(CONTEXT_METHODS)
+    others = [name for name in METHODS if name not in CONTEXT_METHODS]
+    assert names(table(OTHER_METHODS, "Ways to adapt", "Method")) == others
     assert sorted(names(table(WORKLOADS, "How a delta", "Variant"))) == sorted(get_args(WeightWrite))
     assert names(table(WORKLOADS, "The open chunk", "Policy")) == list(get_args(Carry))
 

@@ -16,7 +16,8 @@ from ttt_sim.engine import run
 from ttt_sim.experiment import Experiment, run_experiment, scaled_chips
 from ttt_sim.model import Parallel
 from ttt_sim.program import Program, Timeline
-from ttt_sim.simulation import PhaseName, Point, PointResult, simulate_point, simulate_trace
+from ttt_sim.simulation import Point, PointResult, simulate_point, simulate_trace
+from ttt_sim.workload.method import PhaseName
 
 EXPERIMENT = Experiment(
     chip=load_chip("tiny_gpu"), model=load_model("toy"), methods=("kv", "kv_window", "ttt_window"),

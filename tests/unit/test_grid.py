@@ -50,7 +50,7 @@ def test_window_only_matters_to_windowed_methods() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"phase": "decod"}, "phase: 'decod' is not one of prefill, decode"),
+        ({"phase": "decod"}, "phase: 'decod' is not one of prefill, ask, decode, train, index, did you mean decode"),
         ({"context": 0}, "context: 0 must be at least 1"),
         ({"context": -5}, "context: -5 must be at least 1"),
         ({"context": "many"}, "'many' is not a number of tokens"),

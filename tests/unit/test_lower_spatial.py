@@ -23,7 +23,7 @@ from ttt_sim.lower.tiles import AttentionWork, TileWork
 from ttt_sim.lower.work import CACHE, LINK, MATRIX, READ, WRITE
 from ttt_sim.ops import Trace
 from ttt_sim.simulation import simulate_point
-from ttt_sim.workload import METHODS
+from ttt_sim.workload import CONTEXT_METHODS
 
 
 def tiny(**overrides: str | float | int) -> Chip:
@@ -307,7 +307,7 @@ def test_weight_stationary_units_compute_as_systolic_arrays_do():
 
 
 @pytest.mark.parametrize("variant", ["tiny-spatial", "tiny-spatial-planes"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONTEXT_METHODS)
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_every_method_obeys_the_laws(variant, method, phase, engine):
     on = load_chip("tiny_spatial", variant=variant)

@@ -20,7 +20,7 @@ from ttt_sim.model import Call, MethodSettings, Model, Scenario, TTTSettings
 from ttt_sim.reference.decoder import Decoder, random_parameters, random_tokens
 from ttt_sim.reference.meter import Meter
 from ttt_sim.replay.settings import decoder_shape
-from ttt_sim.workload import METHODS, build_trace
+from ttt_sim.workload import CONTEXT_METHODS, METHODS, build_trace
 
 #: Toy with two narrow layers, of which the first has a fast weight: an op costs the same Python, but less arithmetic.
 NARROW = replace(TOY, n_layers=2, d_model=16, d_ff=24, n_heads=2, n_kv_heads=1, head_dim=8, vocab_size=32)
@@ -57,7 +57,7 @@ def assert_equal_counts(model: Model, settings: MethodSettings, scenario: Scenar
 USUAL = scenario_of(19, 6, batch=1, call_tokens=10)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONTEXT_METHODS)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_methods_on_the_toy_model(method, batch):
     assert_equal_counts(TOY, settings_of(method), scenario_of(19, 6, batch=batch, call_tokens=10))

@@ -16,7 +16,7 @@ from ttt_sim.lower.work import LINK
 from ttt_sim.model import Model, Parallel, Scenario, TTTSettings, shard, stage_starts
 from ttt_sim.model_config import load_model, load_ttt
 from ttt_sim.ops import BETWEEN_CHIPS, KIND, OP_KINDS, OpClass, Trace, op_classes
-from ttt_sim.simulation import TTT_KINDS, simulate_point, simulate_trace
+from ttt_sim.simulation import UNMEASURED_KINDS, simulate_point, simulate_trace
 from ttt_sim.system import arrange, holdings, least_system, microbatches_of, period_cycles, pipeline_cycles
 from ttt_sim.trace_check import verify
 from ttt_sim.workload import METHODS, build_trace
@@ -257,8 +257,8 @@ def test_what_only_ttt_runs_on_several_chips_is_unmeasured() -> None:
     for method in ("kv", "ttt"):
         traces = [trace_of(method, parallel) for parallel in (Parallel(), Parallel(tp=2, cp=2))]
         kinds[method] = {OP_KINDS[kind].name for trace in traces for kind in set(trace.kind.tolist())}
-    assert kinds["ttt"] - kinds["kv"] <= set(TTT_KINDS)
-    assert not kinds["kv"] & set(TTT_KINDS)
+    assert kinds["ttt"] - kinds["kv"] <= set(UNMEASURED_KINDS)
+    assert not kinds["kv"] & set(UNMEASURED_KINDS)
 
 
 # --- transfers --------------------------------------------------------------------------------------------------------

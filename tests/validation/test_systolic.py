@@ -13,7 +13,8 @@ import pytest
 
 from ttt_sim.grid import make_point
 from ttt_sim.model import Model
-from ttt_sim.simulation import PhaseName, simulate_point
+from ttt_sim.simulation import simulate_point
+from ttt_sim.workload.method import PhaseName
 
 SEQUENCES = 135
 #: Qwen3-32B, config.json of huggingface.co/Qwen/Qwen3-32B.

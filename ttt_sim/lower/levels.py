@@ -5,6 +5,7 @@ special units, links, launches. A mapper adds its products and attention cores t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from ttt_sim.lower.traffic import MAIN, Traffic, usable_cache_bytes
 from ttt_sim.lower.work import CACHE, FAR, LEVELS, LINK, MATRIX, READ, SPECIAL, VECTOR, WRITE, KernelWork, OpTiles
 from ttt_sim.lower.writes import reupload_bytes, reupload_cycles
 from ttt_sim.ops import (
+    ATTENTION_PRODUCTS,
     KIND,
     OP_KINDS,
     IntArray,
@@ -333,6 +335,7 @@ def add_attention(
         return
     usable = usable_cache_bytes(trace, chip)
     kv_bytes = _kv_bytes(trace)[core]
+    products = np.array([ATTENTION_PRODUCTS.get(kind.name, 0) for kind in OP_KINDS], dtype=np.int64)[trace.kind]
     columns = (
         trace.batch,
         trace.m,
@@ -343,15 +346,19 @@ def add_attention(
         trace.position,
         trace.pairs,
         trace.dtype,
+        products,
     )
     shapes = np.stack([*(column[core] for column in columns), kv_bytes], axis=1)
     unique, inverse = np.unique(shapes, axis=0, return_inverse=True)
     streams = [
-        choose(
-            chip, batch=int(b), m=int(m), n=int(n), head_dim=int(d), heads=int(h), kv_heads=int(g), position=int(p),
-            pairs=int(pairs), dtype=DTYPES[int(t)], kv_bytes=int(kv), usable_cache_bytes=usable,
+        _with_products(
+            choose(
+                chip, batch=int(b), m=int(m), n=int(n), head_dim=int(d), heads=int(h), kv_heads=int(g),
+                position=int(p), pairs=int(pairs), dtype=DTYPES[int(t)], kv_bytes=int(kv), usable_cache_bytes=usable,
+            ),
+            int(c),
         )
-        for b, m, n, d, h, g, p, pairs, t, kv in unique
+        for b, m, n, d, h, g, p, pairs, t, c, kv in unique
     ]  # fmt: skip
     inverse = inverse.reshape(-1)
     _add(work, kernels.of_op[core], inverse, streams)
@@ -359,6 +366,16 @@ def add_attention(
     work["op_heads"][core] = np.array([stream.heads_per_tile for stream in streams], dtype=np.int64)[inverse]
     passes = np.array([stream.kv_passes for stream in streams], dtype=np.int64)[inverse]
     np.add.at(work["restream"], kernels.of_op[core], (passes - 1) * kv_bytes)
+
+
+def _with_products(core: AttentionWork, products: int) -> AttentionWork:
+    """A forward core of the same tiles that computes ``products`` products of them instead of two."""
+    if products == ATTENTION_PRODUCTS["attention"]:
+        return core
+    return replace(
+        core, matrix_cycles=ceil_div(products * core.matrix_cycles, 2), cache_bytes=products * core.cache_bytes // 2,
+        core_bytes=products * core.core_bytes // 2, link_cycles=ceil_div(products * core.link_cycles, 2),
+    )  # fmt: skip
 
 
 def _add(work: Work, kernel: IntArray, shape: IntArray, chosen: Sequence[TileWork]) -> None:

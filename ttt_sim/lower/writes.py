@@ -34,6 +34,11 @@ def check_mode(trace: Trace, chip: Chip) -> None:
         kind = OP_KINDS[int(trace.kind[np.flatnonzero(writing)[0]])].name
         raise UnsupportedError(f"{chip.name}: weights cannot be written at run time, which {kind} needs")
     if mode == "local_rule":
+        if (trace.kind == KIND["weight_grad"]).any():
+            raise UnsupportedError(
+                f"{chip.name}: weights change by local rules only, and a gradient that came back through other layers "
+                "is not local"
+            )
         if (trace.kind == KIND["delta_norm"]).any():
             raise UnsupportedError(
                 f"{chip.name}: weights change by local rules only, and the clip of the update needs a global norm, "

@@ -121,7 +121,10 @@ def traffic(data: ReportData) -> Drawn:
         ax.set_xlim(0, widest * 1.13)
         ax.set_xlabel(f"{scale.unit} per token")
         ax.set_title(f"{phase}, batch {batch}")
-    handles: list[Line2D | Patch] = [Patch(facecolor=color, label=text) for text, color in CLASS_STYLES.values()]
+    moved = set(table.loc[table["bytes_per_token"] > 0, "traffic_class"])
+    handles: list[Line2D | Patch] = [
+        Patch(facecolor=color, label=text) for name, (text, color) in CLASS_STYLES.items() if name in moved
+    ]
     handles.append(Patch(facecolor="#D5D9DD", edgecolor="white", hatch="//////", label="written"))
     if not table["fits"].astype(bool).all():
         handles.append(does_not_fit_handle())

@@ -50,6 +50,8 @@ CLASS_STYLES: Mapping[str, tuple[str, str]] = {
     "fast_weights": ("fast weights", "#E69F00"),
     "gradients": ("deltas", "#B2182B"),
     "activations": ("activations and carry", "#A6DBA0"),
+    "optimiser": ("optimiser state", "#762A83"),
+    "index": ("search index", "#01665E"),
 }
 
 

@@ -9,11 +9,12 @@ from ttt_sim.errors import ConfigError
 from ttt_sim.model import MethodSettings, Model, Scenario, shard
 from ttt_sim.ops import Trace
 from ttt_sim.workload.attention import check_kv
+from ttt_sim.workload.fine_tuning import FINE_TUNING
 from ttt_sim.workload.in_place_ttt import TTT, TTT_WINDOW
 from ttt_sim.workload.kv_cache import KV, KV_QUANT, KV_WINDOW
 from ttt_sim.workload.method import Method, State
 
-__all__ = ["METHODS", "Method", "State", "build_trace", "find_method", "state_per_sequence"]
+__all__ = ["CONTEXT_METHODS", "METHODS", "Method", "State", "build_trace", "find_method", "state_per_sequence"]
 
 #: Every method by name.
 METHODS: Mapping[str, Method] = {
@@ -22,7 +23,10 @@ METHODS: Mapping[str, Method] = {
     "kv_quant": KV_QUANT,
     "ttt": TTT,
     "ttt_window": TTT_WINDOW,
+    "fine_tuning": FINE_TUNING,
 }
+#: Those that ``run``, ``compare`` and ``sweep`` know: a KV cache and In-Place TTT, in their forms.
+CONTEXT_METHODS: tuple[str, ...] = ("kv", "kv_window", "kv_quant", "ttt", "ttt_window")
 
 
 def find_method(name: str) -> Method:

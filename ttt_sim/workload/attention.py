@@ -7,6 +7,9 @@ earlier calls left it (w - 1 rows at most) and to its own rows before they are s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import numpy as np
 
 from ttt_sim.data_files import did_you_mean
@@ -65,6 +68,18 @@ def visible_pairs(kv: KVSettings, positions: IntArray, rows: int) -> IntArray:
     return growing * positions + growing * (growing + 1) // 2 + (rows - growing) * kv.window_tokens
 
 
+def attention_weights(model: Model) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of an attention layer, as (outputs, inputs)."""
+    q_width, kv_width, d = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim, model.d_model
+    weights: dict[str, tuple[int, ...]] = {
+        "attn_norm": (d,), "q_proj": (q_width, d), "k_proj": (kv_width, d), "v_proj": (kv_width, d),
+        "qk_norm": (2, model.head_dim), "o_proj": (d, q_width),
+    }  # fmt: skip
+    if not model.qk_norm:
+        del weights["qk_norm"]
+    return weights
+
+
 def declare_kv(builder: TraceBuilder, model: Model, kv: KVSettings, scenario: Scenario) -> None:
     """Declare the caches, with room for what they hold at the end. Version 0 is what they hold at the start."""
     kept = kept_tokens(kv, scenario.context_tokens)
@@ -84,8 +99,20 @@ def declare_kv(builder: TraceBuilder, model: Model, kv: KVSettings, scenario: Sc
     )
 
 
-def emit_attention(s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, parallel: Parallel) -> None:
-    """Ops F1 to F9, from ``layer_input`` to ``attended``, the residual stream in the middle of the layer."""
+class Project(Protocol):
+    """Emits a product of rows with a weight: :meth:`ttt_sim.workload.transformer.Decoder.project`."""
+
+    def __call__(self, s: Segment, name: str, sources: Sequence[Read], out: Write, /, *, n: int, k: int) -> None: ...
+
+
+def emit_attention(
+    s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, parallel: Parallel, project: Project, *,
+    cached: bool = True,
+) -> None:  # fmt: skip
+    """Ops F1 to F9, from ``layer_input`` to ``attended``, the residual stream in the middle of the layer.
+
+    ``cached`` False: the calls are whole sequences of which nothing is kept, as in training.
+    """
     m, h = s.run.tokens, model.head_dim
     rows, d = batch * m, model.d_model
     q_width, kv_width = model.n_heads * h, model.n_kv_heads * h
@@ -100,8 +127,7 @@ def emit_attention(s: Segment, model: Model, kv: KVSettings, batch: int, dtype: 
         s.buffer(name, (batch, m, width), dtype) for name, width in (("q", q_width), ("k", kv_width), ("v", kv_width))
     )
     for out, width in ((q, q_width), (k, kv_width), (v, kv_width)):
-        weight = (f"{out[0]}_proj.weight", size(d, width))
-        s.op(f"{out[0]}_proj", reads=[normed, weight], writes=[out], dtype=dtype, m=rows, n=width, k=d)
+        project(s, f"{out[0]}_proj", [normed], out, n=width, k=d)
     if model.qk_norm:
         normed_q, normed_k = (
             s.buffer("q_normed", (batch, m, q_width), dtype),
@@ -122,7 +148,10 @@ def emit_attention(s: Segment, model: Model, kv: KVSettings, batch: int, dtype: 
         "rope", reads=[q, k, ("rope_table", size(2 * m, h))], writes=[rotated_q, rotated_k],
         dtype=dtype, m=rows, n=q_width + kv_width,
     )  # fmt: skip
-    if parallel.cp > 1 and m > 1:
+    if not cached:
+        none, keys = np.zeros_like(s.run.positions), np.full_like(s.run.positions, m)
+        _core(s, model, kv, batch, dtype, rotated_q, keys, stored=none, fresh=(rotated_k, v))
+    elif parallel.cp > 1 and m > 1:
         _shared_prompt(s, model, kv, batch, dtype, rotated_q, rotated_k, v, parallel)
     elif kv.window_tokens is None or m == 1:
         # One new row takes the slot of the token that leaves the window with it, so it may be stored before the core.
@@ -145,10 +174,7 @@ def emit_attention(s: Segment, model: Model, kv: KVSettings, batch: int, dtype: 
         _core(s, model, kv, batch, dtype, rotated_q, stored + m, stored=stored, fresh=(rotated_k, v))
         _append(s, model, kv, batch, dtype, rotated_k, v)
     projected = s.buffer("attn_projected", (batch, m, d), dtype)
-    s.op(
-        "o_proj", reads=[("attn_core", size(rows, q_width)), ("o_proj.weight", size(q_width, d))], writes=[projected],
-        dtype=dtype, m=rows, n=d, k=q_width,
-    )  # fmt: skip
+    project(s, "o_proj", [("attn_core", size(rows, q_width))], projected, n=d, k=q_width)
     if parallel.tp > 1:
         summed = s.buffer("attn_summed", (batch, m, d), dtype)
         s.op("allreduce", reads=[projected], writes=[summed], dtype=dtype, m=rows * d, n=1, heads=parallel.tp)

@@ -71,10 +71,14 @@ class _Operands:
 
 
 class Segment:
-    """Ops emitted once and repeated for ``layers`` (empty: ops outside the layers) and the calls of ``run``."""
+    """Ops emitted once and repeated for ``layers`` (empty: ops outside the layers) and the calls of ``run``.
 
-    def __init__(self, builder: TraceBuilder, run: Run, layers: Sequence[int]) -> None:
+    ``phase``: that of ops which do not say another.
+    """
+
+    def __init__(self, builder: TraceBuilder, run: Run, layers: Sequence[int], phase: Phase = Phase.FORWARD) -> None:
         self._builder = builder
+        self._phase = phase
         self.run = run
         self.layers = tuple(layers)
         self.rows: list[list[int]] = []
@@ -109,12 +113,13 @@ class Segment:
         heads: int = 0,
         kv_heads: int = 0,
         pairs: Num = 0,
-        phase: Phase = Phase.FORWARD,
+        phase: Phase | None = None,
         chunk: Num = -1,
         extra_lanes: Num = 0,
     ) -> None:
         """Emit one op; FLOPs and lane operations follow from its kind and dimensions (:func:`ttt_sim.ops.op_cost`)."""
         cost = op_cost(kind, batch=batch, m=m, n=n, k=k, heads=heads, pairs=pairs, extra_lanes=extra_lanes)
+        phase = self._phase if phase is None else phase
         values = (KIND[kind], phase, -1, chunk, 0, 0, _DTYPE[dtype], batch, m, n, k, heads, kv_heads, pairs, *cost)
         row = []
         for column, value in enumerate(values):

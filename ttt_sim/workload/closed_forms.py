@@ -208,3 +208,19 @@ def official_carry_traffic(model: Model, ttt: TTTSettings, dtype: str = "bf16") 
     """Mean bytes per decoded token that copying the open chunk moves: s (C - 1) d e_a read, s (C + 1) d e_a written."""
     row = len(ttt.layers_of(model)) * model.d_model * element_bytes(dtype)
     return WriteBytes((ttt.chunk_tokens - 1) * row, (ttt.chunk_tokens + 1) * row)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def training_flops(model: Model, tokens: int, *, recompute: bool) -> int:
+    """FLOPs of a step on one sequence: forward and twice as much backward for every product with a weight, 5 products
+    for 2 in the attention core; with recomputation the layers' forward pass once more."""
+    layers, core = linear_flops_per_token(model) * tokens, attention_flops(model, tokens)
+    head = 2 * model.d_model * model.vocab_size * tokens
+    return 3 * (layers + head) + core + core * 5 // 2 + (layers + core if recompute else 0)
+
+
+def adam_state_bytes(parameters: int, dtype: str = "bf16") -> Fraction:
+    """What a weight costs in mixed precision, its gradient left out: itself, an fp32 master copy and two moments."""
+    return parameters * (element_bytes(dtype) + 3 * element_bytes("fp32"))

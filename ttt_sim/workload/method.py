@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ttt_sim.data_files import did_you_mean
+from ttt_sim.errors import ConfigError
 from ttt_sim.model import MethodSettings, Model, Scenario, TTTSettings
 from ttt_sim.ops import Trace
+from ttt_sim.units import parse_tokens
+
+#: What can be simulated of a method. ``prefill``: a prompt from an empty state; ``ask``: a question after a context
+#: that was taken in; ``decode``; ``train``: a step of training; ``index``: documents become an index to search.
+PhaseName = Literal["prefill", "ask", "decode", "train", "index"]
+PHASE_NAMES: tuple[PhaseName, ...] = get_args(PhaseName)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """What one sequence keeps between calls. The open chunk (carry) is taken at its largest, one token short."""
+    """What one sequence keeps between calls. The open chunk (carry) is taken at its largest, one token short.
+
+    ``fast_weight_bytes``: all weights of its own, ``index_bytes``: what retrieval searches for it.
+    """
 
     kv_bytes: int
     fast_weight_bytes: int = 0
     carry_bytes: int = 0
+    index_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.kv_bytes + self.fast_weight_bytes + self.carry_bytes
+        return self.kv_bytes + self.fast_weight_bytes + self.carry_bytes + self.index_bytes
+
+
+def _all_tokens(settings: MethodSettings, tokens: int) -> int:
+    return tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A way to remember a context.
+    """A way to adapt a model to a context.
 
     ``settings(window_tokens, kv_dtype, ttt)`` picks what the method uses; None stands for its own default.
     ``trace(model, settings, scenario)`` is the workload, ``state(model, settings, tokens, dtype)`` what a sequence
     keeps after ``tokens`` tokens with activations of ``dtype``.
+
+    ``phases`` that it can run; ``adapts``: the phase in which it takes a context in. ``held_tokens(settings, tokens)``:
+    tokens before a question about a context of ``tokens`` tokens, where weights or an index hold the rest.
+    ``options``: the class of ``MethodSettings.options``, a frozen dataclass with defaults. ``needs``: features of
+    hardware beyond those of inference with a KV cache; ``caveat``: what published work says of its quality, with the
+    source.
     """
 
     name: str
@@ -36,3 +60,58 @@ class Method:
     settings: Callable[[int | None, str | None, TTTSettings | None], MethodSettings]
     trace: Callable[[Model, MethodSettings, Scenario], Trace]
     state: Callable[[Model, MethodSettings, int, str], State]
+    phases: tuple[PhaseName, ...] = ("prefill", "ask", "decode")
+    adapts: PhaseName = "prefill"
+    held_tokens: Callable[[MethodSettings, int], int] = _all_tokens
+    options: type[Any] | None = None
+    needs: tuple[str, ...] = ()
+    caveat: str = ""
+
+
+def set_options(settings: MethodSettings, values: Mapping[str, str]) -> MethodSettings:
+    """``settings`` with options given as text, each read as what it is declared as.
+
+    Raises:
+        ConfigError: the method has no such option, or the value is not one.
+    """
+    if not values:
+        return settings
+    options: Any = settings.options
+    if not is_dataclass(options) or isinstance(options, type):
+        raise ConfigError(f"option {next(iter(values))!r}: method {settings.name} has no options")
+    known = tuple(field.name for field in fields(options))
+    hints = get_type_hints(type(options))
+    read: dict[str, object] = {}
+    for name, text in values.items():
+        if name not in known:
+            raise ConfigError(
+                f"unknown option {name!r} of method {settings.name}{did_you_mean(name, known)}; "
+                f"options: {', '.join(known)}"
+            )
+        read[name] = _value(settings.name, name, text, hints[name])
+    return replace(settings, options=replace(options, **read))
+
+
+def _value(method: str, name: str, text: str, hint: Any) -> object:
+    """``text`` as a value of the type ``hint``."""
+    choices = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if NoneType in choices and text == "none":
+        return None
+    wanted = next(choice for choice in choices if choice is not NoneType)
+    problem = f"option {name} of method {method}: {text!r}"
+    if get_origin(wanted) is Literal:
+        allowed = get_args(wanted)
+        if text not in allowed:
+            raise ConfigError(f"{problem} is not one of {', '.join(allowed)}{did_you_mean(text, allowed)}")
+        return text
+    if wanted is bool:
+        if text not in ("true", "false"):
+            raise ConfigError(f"{problem} must be true or false")
+        return text == "true"
+    try:
+        if wanted is int:
+            return parse_tokens(text) if text[-1:].isalpha() else int(text)
+        return wanted(text)
+    except (ValueError, ConfigError):
+        expected = {int: "a whole number", float: "a number"}.get(wanted, "a value")
+        raise ConfigError(f"{problem} must be {expected}" + (" or none" if NoneType in choices else "")) from None

@@ -6,7 +6,7 @@ sequences are one product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -18,7 +18,7 @@ from ttt_sim.dtypes import DTYPES, tensor_bytes
 from ttt_sim.errors import ConfigError, WorkloadError
 from ttt_sim.model import ONE_CHIP, Call, KVSettings, Model, Parallel, Scenario, stage_starts
 from ttt_sim.ops import IntArray, Phase, Role, Trace
-from ttt_sim.workload.attention import check_kv, declare_kv, emit_attention
+from ttt_sim.workload.attention import attention_weights, check_kv, declare_kv, emit_attention
 from ttt_sim.workload.builder import Read, Run, Segment, TraceBuilder, Write
 
 
@@ -42,12 +42,51 @@ class OtherMlp(Protocol):
         """Ops after the last layer of a call."""
 
 
+class Mixer(Protocol):
+    """What stands in place of attention in all layers."""
+
+    def declare(self, builder: TraceBuilder) -> None:
+        """Declare weights and state."""
+
+    def emit_layer(self, s: Segment) -> None:
+        """Ops from ``layer_input`` to ``attended``, the residual stream in the middle of the layer."""
+
+
+class Adapters(Protocol):
+    """What is added to products with frozen weights."""
+
+    def declare(self, builder: TraceBuilder) -> None:
+        """Declare weights and state."""
+
+    def emit(self, s: Segment, name: str, sources: Sequence[Read], out: Write, *, n: int, k: int) -> None:
+        """Ops after the product ``name`` of the rows of ``sources`` with a weight (n, k), which wrote ``out``."""
+
+    def emit_grad(
+        self, s: Segment, name: str, out_grad: Read, source: Read, in_grad: Write | None, *, n: int, k: int
+    ) -> None:
+        """The same backward: what adds to ``in_grad``, if that is wanted, and the gradients of the adapter."""
+
+
+class Learner(Protocol):
+    """What learns after the forward pass of a call."""
+
+    def declare(self, builder: TraceBuilder, rows: tuple[int, ...]) -> None:
+        """Declare gradients and optimiser state; ``rows``: shape of the residual stream."""
+
+    def shape_key(self, call: Call) -> tuple[int, ...]:
+        """As of :class:`OtherMlp`."""
+
+    def segments(self, builder: TraceBuilder, run: Run) -> Sequence[tuple[Segment, int]]:
+        """Segments with their layers (-1: none) that follow the forward pass of every call of ``run``."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
     """The model as ``batch`` sequences in lockstep run it; ``dtype`` of weights and activations.
 
     Of a model that several chips share, ``model`` is what one of them holds (:func:`ttt_sim.model.shard`). ``stages``:
-    layers before which activations move to other chips; the number of layers stands for the head.
+    layers before which activations move to other chips; the number of layers stands for the head. ``trained``: weights
+    that change (names without ``.weight``); ``trains``: calls are whole sequences, of which no KV cache is kept.
     """
 
     model: Model
@@ -56,13 +95,26 @@ class Decoder:
     dtype: str
     parallel: Parallel = ONE_CHIP
     stages: tuple[int, ...] = ()
+    mixer: Mixer | None = None
+    adapters: Adapters | None = None
+    trained: frozenset[str] = frozenset()
+    trains: bool = False
 
     @staticmethod
-    def of(model: Model, kv: KVSettings, scenario: Scenario) -> Decoder:
+    def of(
+        model: Model,
+        kv: KVSettings,
+        scenario: Scenario,
+        *,
+        mixer: Mixer | None = None,
+        adapters: Adapters | None = None,
+        trained: frozenset[str] = frozenset(),
+    ) -> Decoder:
         """The decoder that runs ``scenario``."""
         return Decoder(
             model=model, kv=kv, batch=scenario.batch, dtype=scenario.dtype, parallel=scenario.parallel,
-            stages=stage_starts(model, scenario.parallel.pp),
+            stages=stage_starts(model, scenario.parallel.pp), mixer=mixer, adapters=adapters, trained=trained,
+            trains=scenario.task == "train",
         )  # fmt: skip
 
     def size(self, *shape: int) -> int:
@@ -75,30 +127,40 @@ class Decoder:
     def declare(self, builder: TraceBuilder, scenario: Scenario) -> None:
         """Declare weights and KV state, the trained down projection also where a fast weight stands for it."""
         model, d, f = self.model, self.model.d_model, self.model.d_ff
-        q_width, kv_width = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
         longest = max(call.tokens for call in scenario.calls)
-        layer_weights = {
-            "attn_norm": (d,), "q_proj": (q_width, d), "k_proj": (kv_width, d), "v_proj": (kv_width, d),
-            "qk_norm": (2, model.head_dim), "o_proj": (d, q_width), "mlp_norm": (d,), "gate_proj": (f, d),
-            "up_proj": (f, d), "down_proj": (d, f),
-        }  # fmt: skip
-        if not model.qk_norm:
-            del layer_weights["qk_norm"]
+        layer_weights = {"mlp_norm": (d,), "gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+        if self.mixer is None:
+            layer_weights = attention_weights(model) | layer_weights
         shared = {"embedding": (model.vocab_size, d), "final_norm": (d,), "lm_head": (model.vocab_size, d)}
         if model.tied_embeddings:
             del shared["lm_head"]
         for name, shape in shared.items():
-            builder.declare(f"{name}.weight", shape, self.dtype, Role.WEIGHT, layers=None, initial_version=0)
-        # Cosines and sines by position; not parameters, but held and shared like them.
-        table = (2, scenario.context_tokens, model.head_dim)
-        builder.declare("rope_table", table, self.dtype, Role.WEIGHT, layers=None, initial_version=0)
-        layers = range(model.n_layers)
+            self.declare_weight(builder, name, shape, layers=None)
+        if self.mixer is None:
+            # Cosines and sines by position; not parameters, but held and shared like them.
+            table = (2, scenario.context_tokens, model.head_dim)
+            builder.declare("rope_table", table, self.dtype, Role.WEIGHT, layers=None, initial_version=0)
         for name, shape in layer_weights.items():
-            builder.declare(f"{name}.weight", shape, self.dtype, Role.WEIGHT, layers=layers, initial_version=0)
-        declare_kv(builder, model, self.kv, scenario)
+            self.declare_weight(builder, name, shape, layers=range(model.n_layers))
+        if self.mixer is not None:
+            self.mixer.declare(builder)
+        elif not self.trains:
+            declare_kv(builder, model, self.kv, scenario)
+        if self.adapters is not None:
+            self.adapters.declare(builder)
         builder.declare_stream(
             "residual", (self.batch, longest, d), self.dtype, before="layer_input", after="layer_output",
             first="first", last="last",
+        )  # fmt: skip
+
+    def declare_weight(
+        self, builder: TraceBuilder, name: str, shape: tuple[int, ...], *, layers: Sequence[int] | None
+    ) -> None:
+        """Declare a weight that sequences share, frozen unless it is trained."""
+        changes = name in self.trained
+        builder.declare(
+            f"{name}.weight", shape, self.dtype, Role.FAST_WEIGHT if changes else Role.WEIGHT, layers=layers,
+            initial_version=0, in_place=changes,
         )  # fmt: skip
 
     def emit_start(self, s: Segment) -> None:
@@ -113,6 +175,18 @@ class Decoder:
             self.emit_sum(s, [looked_up], sent)
         if 0 in self.stages:
             self.emit_send(s, sent, first)
+
+    def project(
+        self, s: Segment, name: str, sources: Sequence[Read], out: Write, /, *, n: int, k: int,
+        tokens: int | None = None, phase: Phase | None = None,
+    ) -> None:  # fmt: skip
+        """``tokens`` rows of every sequence (those of the call), which ``sources`` hold together, times a weight (n, k)
+        that the sequences share, and what adapters add."""
+        rows = self.batch * (s.run.tokens if tokens is None else tokens)
+        weight: Read = (f"{name}.weight", self.size(n, k))
+        s.op(name, reads=[*sources, weight], writes=[out], dtype=self.dtype, m=rows, n=n, k=k, phase=phase)
+        if self.adapters is not None:
+            self.adapters.emit(s, name, sources, out, n=n, k=k)
 
     def emit_sum(self, s: Segment, parts: Sequence[Read], total: Write) -> None:
         """P1: what the chips of a tensor-parallel group have of the same rows becomes its sum on all of them."""
@@ -133,7 +207,12 @@ class Decoder:
     def emit_layer(self, s: Segment, other: OtherMlp | None, *, sends: bool = False) -> None:
         """F1 to F15 of one layer, with the plain MLP or ``other``; ``sends``: the next layer is on other chips."""
         rows, d, f = self.batch * s.run.tokens, self.model.d_model, self.model.d_ff
-        emit_attention(s, self.model, self.kv, self.batch, self.dtype, self.parallel)
+        if self.mixer is None:
+            emit_attention(
+                s, self.model, self.kv, self.batch, self.dtype, self.parallel, self.project, cached=not self.trains
+            )
+        else:
+            self.mixer.emit_layer(s)
         stream: Read = ("attended", self.size(rows, d))
         normed = s.buffer("mlp_normed", (self.batch, s.run.tokens, d), self.dtype)
         s.op(
@@ -142,12 +221,9 @@ class Decoder:
         )  # fmt: skip
         added: Sequence[Read]
         if other is None:
-            self.emit_hidden(s, s.run.tokens, [normed], Phase.FORWARD)
+            self.emit_hidden(s, s.run.tokens, [normed])
             down = s.buffer("mlp_out", (self.batch, s.run.tokens, d), self.dtype)
-            s.op(
-                "down_proj", reads=[("hidden", self.size(rows, f)), ("down_proj.weight", self.size(d, f))],
-                writes=[down], dtype=self.dtype, m=rows, n=d, k=f,
-            )  # fmt: skip
+            self.project(s, "down_proj", [("hidden", self.size(rows, f))], down, n=d, k=f)
             added = [down]
         else:
             added = other.emit_layer(s)
@@ -162,16 +238,13 @@ class Decoder:
         if sends:
             self.emit_send(s, written, output)
 
-    def emit_hidden(self, s: Segment, tokens: int, inputs: Sequence[Read], phase: Phase) -> None:
+    def emit_hidden(self, s: Segment, tokens: int, inputs: Sequence[Read], phase: Phase | None = None) -> None:
         """F11 to F13 on ``tokens`` rows of every sequence, which ``inputs`` hold together; writes ``hidden``."""
         rows, d, f = self.batch * tokens, self.model.d_model, self.model.d_ff
         outputs = []
         for name in ("gate", "up"):
             out = s.buffer(name, (self.batch, tokens, f), self.dtype)
-            s.op(
-                f"{name}_proj", reads=[*inputs, (f"{name}_proj.weight", self.size(d, f))], writes=[out],
-                dtype=self.dtype, m=rows, n=f, k=d, phase=phase,
-            )  # fmt: skip
+            self.project(s, f"{name}_proj", inputs, out, n=f, k=d, tokens=tokens, phase=phase)
             outputs.append(out)
         hidden = s.buffer("hidden", (self.batch, tokens, f), self.dtype)
         s.op("silu_mul", reads=outputs, writes=[hidden], dtype=self.dtype, m=rows, n=f, phase=phase)
@@ -202,9 +275,14 @@ class Decoder:
 
 
 def decoder_trace(
-    decoder: Decoder, scenario: Scenario, *, other: OtherMlp | None = None, meta: Mapping[str, object]
+    decoder: Decoder,
+    scenario: Scenario,
+    *,
+    other: OtherMlp | None = None,
+    learner: Learner | None = None,
+    meta: Mapping[str, object],
 ) -> Trace:
-    """The trace of ``scenario``; layers that ``other`` names have its MLP.
+    """The trace of ``scenario``; layers that ``other`` names have its MLP, and ``learner`` learns after each call.
 
     ``meta`` is kept, with ``batch``, ``dtype`` and ``calls`` ([position, tokens, logits] each) added.
     Raises :class:`ConfigError` for a dtype or cache that cannot be, :class:`WorkloadError` for a scenario too large to
@@ -217,9 +295,13 @@ def decoder_trace(
     decoder.declare(builder, scenario)
     if other is not None:
         other.declare(builder)
+    if learner is not None:
+        longest = max(call.tokens for call in scenario.calls)
+        learner.declare(builder, (scenario.batch, longest, decoder.model.d_model))
     special = tuple(other.layers) if other is not None else ()
     plain = tuple(layer for layer in range(decoder.model.n_layers) if layer not in special)
-    for run in _runs(scenario, other):
+    keys = [part.shape_key for part in (other, learner) if part is not None]
+    for run in _runs(scenario, keys):
         start, end = Segment(builder, run, ()), Segment(builder, run, ())
         decoder.emit_start(start)
         by_layer: dict[int, Segment] = {}
@@ -234,7 +316,8 @@ def decoder_trace(
         if other is not None:
             other.emit_end(end)
         order = [(by_layer[layer], layer) for layer in range(decoder.model.n_layers)]
-        builder.add_run(run, [(start, -1), *order, (end, -1)])
+        learning = learner.segments(builder, run) if learner is not None else ()
+        builder.add_run(run, [(start, -1), *order, (end, -1), *learning])
     calls = [[call.position, call.tokens, call.logits] for call in scenario.calls]
     return builder.build({**meta, "batch": scenario.batch, "dtype": scenario.dtype, "calls": calls})
 
@@ -256,11 +339,11 @@ def _check_size(model: Model, scenario: Scenario) -> None:
         )
 
 
-def _runs(scenario: Scenario, other: OtherMlp | None) -> Iterator[Run]:
+def _runs(scenario: Scenario, keys: Sequence[Callable[[Call], tuple[int, ...]]]) -> Iterator[Run]:
     """Cut the calls into runs of alike calls."""
 
     def key(call: Call) -> tuple[object, ...]:
-        return call.tokens, call.logits, call.position == 0, other.shape_key(call) if other is not None else ()
+        return call.tokens, call.logits, call.position == 0, *(shape_key(call) for shape_key in keys)
 
     step = 0
     for _, group in groupby(scenario.calls, key):

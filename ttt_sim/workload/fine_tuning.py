@@ -1,0 +1,105 @@
+"""Fine-tuning: all weights of the model are trained on a context, and then serve it without the context.
+
+A step is forward, loss over all rows, backward, optimiser, on whole sequences. With Adam in mixed precision a weight
+costs 16 bytes: 2 of its own, 2 of its gradient, 4 each of a master copy and two moments. Afterwards the context is in
+the weights, of which every user has a copy; a question is answered like by the model itself, without any context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from ttt_sim.dtypes import tensor_bytes
+from ttt_sim.errors import ConfigError, UnsupportedError
+from ttt_sim.model import KVSettings, MethodSettings, Model, Scenario, TTTSettings
+from ttt_sim.ops import Trace
+from ttt_sim.workload.attention import kv_bytes
+from ttt_sim.workload.backward import ATTENTION_PRODUCTS, MLP_PRODUCTS, Optimiser, Steps, Training
+from ttt_sim.workload.kv_cache import DEFAULT_KV_DTYPE
+from ttt_sim.workload.method import Method, State
+from ttt_sim.workload.transformer import Decoder, decoder_trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingOptions:
+    """How a step of training is made. ``loss_tile_rows``: rows of logits that exist at a time, None for all;
+    ``epochs``: times that a context is gone through; ``recompute``, ``master`` and ``clip`` as of
+    :mod:`ttt_sim.workload.backward`."""
+
+    optimiser: Optimiser = "adam"
+    recompute: bool = True
+    master: bool = True
+    clip: bool = True
+    loss_tile_rows: int | None = None
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("loss_tile_rows", "epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"option {name} is {value}, expected at least 1")
+
+
+def check_training(scenario: Scenario) -> None:
+    """Raise :class:`UnsupportedError` where the backward pass has no rule for the chips of ``scenario``."""
+    if scenario.parallel.pp > 1 or scenario.parallel.cp > 1:
+        raise UnsupportedError("training is modelled on one chip or a tensor-parallel group, without stages or cp")
+
+
+def training_of(decoder: Decoder, options: TrainingOptions) -> Training:
+    """The step of training that ``options`` describe."""
+    steps = Steps(
+        optimiser=options.optimiser, master=options.master, clip=options.clip, dtype=decoder.dtype,
+        grad_dtype=decoder.dtype,
+    )  # fmt: skip
+    return Training(decoder=decoder, steps=steps, recompute=options.recompute, loss_tile_rows=options.loss_tile_rows)
+
+
+def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
+    """A step of training, or the calls of the trained model.
+
+    Raises:
+        UnsupportedError: training on stages or context-parallel chips.
+    """
+    decoder = Decoder.of(model, settings.kv, scenario)
+    learner = None
+    options = _options(settings)
+    if scenario.task == "train":
+        check_training(scenario)
+        names = {*ATTENTION_PRODUCTS, *MLP_PRODUCTS, "embedding", *(() if model.tied_embeddings else ("lm_head",))}
+        decoder = Decoder.of(model, settings.kv, scenario, trained=frozenset(names))
+        learner = training_of(decoder, options)
+    meta: dict[str, object] = {
+        "model": model.name, "method": settings.name, "kv": asdict(settings.kv), "ttt": None,
+        "options": asdict(options), "pinned": [],
+    }  # fmt: skip
+    return decoder_trace(decoder, scenario, learner=learner, meta=meta)
+
+
+def state(model: Model, settings: MethodSettings, tokens: int, dtype: str) -> State:
+    """A model of its own, and the cache of what was said since."""
+    return State(kv_bytes=kv_bytes(model, settings.kv, tokens), fast_weight_bytes=tensor_bytes(model.parameters, dtype))
+
+
+def _options(settings: MethodSettings) -> TrainingOptions:
+    if not isinstance(settings.options, TrainingOptions):
+        raise ConfigError(f"method {settings.name} needs TrainingOptions and has {settings.options!r}")
+    return settings.options
+
+
+def _settings(window_tokens: int | None, kv_dtype: str | None, ttt: TTTSettings | None) -> MethodSettings:
+    return MethodSettings(
+        name="fine_tuning", kv=KVSettings(dtype=kv_dtype or DEFAULT_KV_DTYPE), options=TrainingOptions()
+    )
+
+
+def _no_context(settings: MethodSettings, tokens: int) -> int:
+    return 0
+
+
+FINE_TUNING = Method(
+    name="fine_tuning", title="full fine-tuning", settings=_settings, trace=trace, state=state,
+    phases=("prefill", "ask", "decode", "train"), adapts="train", held_tokens=_no_context, options=TrainingOptions,
+    needs=("a backward pass", "optimiser state in memory", "all weights writable"),
+    caveat="Facts taken up by training on a text are recalled less reliably than from the text itself.",
+)  # fmt: skip
