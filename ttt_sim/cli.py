@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -127,11 +128,33 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     compare.set_defaults(function=_compare)
 
+    approaches = command("approaches", "set every way to adapt a model to a context against the others, on one chip")
+    approaches.add_argument("chip", metavar="CHIP", help="chip file, or the name of a built-in one")
+    _workload_options(approaches)
+    approaches.add_argument("--method", metavar="LIST", help="methods to compare (default: all that can be asked)")
+    approaches.add_argument("--context", default="128k", metavar="TOKENS", help="of a user (default: %(default)s)")
+    approaches.add_argument("--question", default="128", metavar="TOKENS", help="of a user (default: %(default)s)")
+    approaches.add_argument("--answer", default="256", metavar="TOKENS", help="to a question (default: %(default)s)")
+    approaches.add_argument(
+        "--batch", type=int, default=8, metavar="N", help="users that decode at once (default: %(default)s)"
+    )
+    approaches.add_argument(
+        "--option", action="append", default=[], metavar="METHOD.NAME=VALUE",
+        help="option of a method, e.g. fine_tuning.epochs=3; may be given several times",
+    )  # fmt: skip
+    approaches.add_argument("--out", metavar="DIR", help="folder of the report (default: reports/<chip>-approaches)")
+    approaches.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    _chip_options(approaches)
+    approaches.set_defaults(function=_approaches)
+
     trace = command("trace", "write the op trace of one workload to a file")
     _workload_options(trace)
     trace.add_argument("--method", default="ttt_window", help="one method (default: %(default)s)")
     trace.add_argument("--context", default="4k", help="prompt tokens, or tokens already held (default: %(default)s)")
-    trace.add_argument("--phase", default="prefill", help="prefill (default) or decode")
+    trace.add_argument(
+        "--phase", default="prefill", help="prefill (default), decode, or another phase that the method has"
+    )
+    trace.add_argument("--question", default="128", metavar="TOKENS", help="of phase ask (default: %(default)s)")
     trace.add_argument("--steps", type=int, default=1, metavar="N", help="decode steps (default: %(default)s)")
     trace.add_argument("--batch", type=int, default=1, metavar="N", help="sequences at once (default: %(default)s)")
     trace.add_argument("-o", "--out", required=True, metavar="FILE", help="ends in .csv, .json or .parquet")
@@ -365,6 +388,7 @@ def _compare(args: argparse.Namespace) -> int:
     if args.dtype is not None:
         _check_dtype(args.dtype)
     for name in methods:
+        _check_phases(name, ("prefill", "decode"))
         _check_method(find_method(name).settings(window, args.kv_dtype, ttt), model)
     contexts, batches = _token_list("--context", args.context), _counts("--batch", args.batch)
     for option, values in (("--context", contexts), ("--batch", batches)):
@@ -399,6 +423,64 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _approaches(args: argparse.Namespace) -> int:
+    from ttt_sim.approaches import Approaches, methods_of
+    from ttt_sim.grid import progress_bar
+    from ttt_sim.model_config import load_model
+    from ttt_sim.report.folder import check_out
+
+    chip, model, ttt = _chip(args), load_model(args.model), _ttt(args)
+    try:
+        methods = methods_of(None if args.method is None else _words("--method", args.method))
+    except ConfigError as error:
+        raise ConfigError(f"--method: {error}") from None
+    window = _tokens("--window", args.window)
+    contexts = _token_list("--context", args.context)
+    if len(contexts) > 1:
+        raise ConfigError(f"--context: approaches are compared at one value, and {len(contexts)} are given")
+    workers = None if args.workers is None else _at_least("--workers", args.workers, 1)
+    options = _method_options(args.option, methods)
+    dtype = _check_workload(args, model, methods, window, ttt, chip, phases=("ask", "decode"))
+    out = Path(args.out or f"reports/{chip.name}-approaches")
+    settings = Approaches(
+        chip=chip, model=model, methods=methods, context=contexts[0], question=_tokens("--question", args.question),
+        answer=_tokens("--answer", args.answer), batch=_at_least("--batch", args.batch, 1), ttt=ttt, window=window,
+        dtype=dtype, kv_dtype=args.kv_dtype, call_tokens=_tokens("--call", args.call), options=options, workers=workers,
+    )  # fmt: skip
+    check_out(out)
+    from ttt_sim.approaches import approach
+    from ttt_sim.report.approaches import print_approached, write_approached
+
+    data = approach(settings, progress=progress_bar)
+    write_approached(data, out, command=_command_line(), version=__version__, workers=workers)
+    print_approached(data, out)
+    return 0
+
+
+def _method_options(texts: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, str]]:
+    """``METHOD.NAME=VALUE`` by method, each read once to see that it can be."""
+    from ttt_sim.workload import find_method
+    from ttt_sim.workload.method import set_options
+
+    found: dict[str, dict[str, str]] = {}
+    for text in texts:
+        path, sign, value = text.partition("=")
+        method, dot, name = path.strip().partition(".")
+        if not sign or not dot or not name or not value.strip():
+            raise ConfigError(f"--option: {text!r} is not of the form METHOD.NAME=VALUE, e.g. fine_tuning.epochs=3")
+        try:
+            settings = find_method(method).settings(None, None, None)
+            if method not in methods:
+                raise ConfigError(f"method {method} is not one of those compared")
+            if name in found.setdefault(method, {}):
+                raise ConfigError(f"{path.strip()} is given twice")
+            found[method][name] = value.strip()
+            set_options(settings, found[method])
+        except ConfigError as error:
+            raise ConfigError(f"--option: {error}") from None
+    return found
+
+
 def _trace(args: argparse.Namespace) -> int:
     from ttt_sim.model import Scenario
     from ttt_sim.model_config import load_model
@@ -407,15 +489,22 @@ def _trace(args: argparse.Namespace) -> int:
 
     tokens, batch = _tokens("--context", args.context), _at_least("--batch", args.batch, 1)
     method = find_method(args.method).settings(_tokens("--window", args.window), args.kv_dtype, _ttt(args))
-    if args.phase == "prefill":
-        call = _tokens("--call", args.call)
-        scenario = Scenario.prefill(tokens, batch=batch, dtype=args.dtype or "bf16", call_tokens=call)
-    elif args.phase == "decode":
+    dtype, known = args.dtype or "bf16", find_method(args.method).phases
+    if args.phase not in known:
+        raise ConfigError(
+            f"--phase: {args.phase!r} is not one that {args.method} has: {', '.join(known)}"
+            f"{did_you_mean(args.phase, known)}"
+        )
+    if args.phase == "decode":
         steps = _at_least("--steps", args.steps, 1)
-        scenario = Scenario.decode(range(tokens, tokens + steps), batch=batch, dtype=args.dtype or "bf16")
+        scenario = Scenario.decode(range(tokens, tokens + steps), batch=batch, dtype=dtype)
+    elif args.phase == "ask":
+        scenario = Scenario.ask(tokens, _tokens("--question", args.question), batch=batch, dtype=dtype)
+    elif args.phase == "train":
+        scenario = Scenario.train(tokens, batch=batch, dtype=dtype)
     else:
-        known = ("prefill", "decode")
-        raise ConfigError(f"--phase: {args.phase!r} is not one of {', '.join(known)}{did_you_mean(args.phase, known)}")
+        scenario = Scenario.prefill(tokens, batch=batch, dtype=dtype, call_tokens=_tokens("--call", args.call))
+        scenario = replace(scenario, task="index" if args.phase == "index" else "infer")
     trace = build_trace(load_model(args.model), method, scenario)
     save(trace, Path(args.out))
     print(f"{args.out}: {trace.n_ops} ops, {len(trace.tensors)} tensors")
@@ -425,10 +514,10 @@ def _trace(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from ttt_sim.engine import check_engine
     from ttt_sim.model_config import load_model
-    from ttt_sim.workload import METHODS
+    from ttt_sim.workload import CONTEXT_METHODS
 
     chip, model, ttt = _chip(args), load_model(args.model), _ttt(args)
-    methods = tuple(METHODS) if args.method is None else _words("--method", args.method)
+    methods = CONTEXT_METHODS if args.method is None else _words("--method", args.method)
     window = _tokens("--window", args.window)
     dtype = _check_workload(args, model, methods, window, ttt, chip)
     check_engine(args.engine)
@@ -609,7 +698,14 @@ def _ttt(args: argparse.Namespace) -> TTTSettings:
 
 
 def _check_workload(
-    args: argparse.Namespace, model: Model, methods: Sequence[str], window: int, ttt: TTTSettings, chip: Chip
+    args: argparse.Namespace,
+    model: Model,
+    methods: Sequence[str],
+    window: int,
+    ttt: TTTSettings,
+    chip: Chip,
+    *,
+    phases: Sequence[str] = ("prefill", "decode"),
 ) -> str:
     """Refuse what no simulation could use, before any starts. Returns the format of operands and activations."""
     from ttt_sim.grid import method_on
@@ -620,9 +716,20 @@ def _check_workload(
     if args.dtype is not None and chip.has_unit("matrix"):
         product_rate(chip, dtype)
     for name in methods:
+        _check_phases(name, phases)
         settings = method_on(chip, name, window_tokens=window, kv_dtype=args.kv_dtype, ttt=ttt, dtype=dtype)
         _check_method(settings, model)
     return dtype
+
+
+def _check_phases(name: str, wanted: Sequence[str]) -> None:
+    """Refuse a method without one of the ``wanted`` phases."""
+    from ttt_sim.workload import find_method
+
+    phases = find_method(name).phases
+    lacking = [phase for phase in wanted if phase not in phases]
+    if lacking:
+        raise ConfigError(f"--method: {name} has no phase {' or '.join(lacking)}; it has {', '.join(phases)}")
 
 
 def _check_dtype(dtype: str) -> None:

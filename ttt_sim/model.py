@@ -268,6 +268,14 @@ class Scenario:
         return Scenario(batch=batch, dtype=dtype, calls=calls, parallel=parallel)
 
     @staticmethod
+    def ask(
+        held_tokens: int, tokens: int, *, batch: int = 1, dtype: str = "bf16", parallel: Parallel = ONE_CHIP
+    ) -> Scenario:
+        """A question of ``tokens`` tokens after ``held_tokens``, with logits after its last token."""
+        call = Call(position=held_tokens, tokens=tokens, logits=True)
+        return Scenario(batch=batch, dtype=dtype, calls=(call,), parallel=parallel)
+
+    @staticmethod
     def train(tokens: int, *, batch: int = 1, dtype: str = "bf16", parallel: Parallel = ONE_CHIP) -> Scenario:
         """One step of training on ``batch`` sequences of ``tokens`` tokens."""
         call = Call(position=0, tokens=tokens, logits=False)

@@ -14,7 +14,7 @@ from ttt_sim.engine import run
 from ttt_sim.errors import CapacityError, ConservationError, UnsupportedError, WorkloadError
 from ttt_sim.intervals import ANY_OP, interval
 from ttt_sim.lower import DEFAULT_DETAIL, find_mapper, lower
-from ttt_sim.model import ONE_CHIP, Call, MethodSettings, Model, Parallel, Scenario, shard, stage_starts
+from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, shard, stage_starts
 from ttt_sim.ops import KIND, IntArray, Trace, persistent_bytes, total_by
 from ttt_sim.power import throttled_seconds
 from ttt_sim.results import FloatArray, Result
@@ -232,8 +232,8 @@ def _scenario(point: Point) -> tuple[Scenario, DecodePlan | None]:
         return replace(scenario, task="index" if point.phase == "index" else "infer"), None
     held = method.held_tokens(point.method, point.context_tokens)
     if point.phase == "ask":
-        question = Call(position=held, tokens=point.question_tokens, logits=True)
-        return Scenario(batch=batch, dtype=point.dtype, calls=(question,), parallel=point.parallel), None
+        scenario = Scenario.ask(held, point.question_tokens, batch=batch, dtype=point.dtype, parallel=point.parallel)
+        return scenario, None
     ttt = point.method.ttt
     plan = decode_plan(
         held,

@@ -10,7 +10,7 @@ from tests.unit.trace_tools import TOY, is_kind, operands, totals
 from ttt_sim.model import Call, Scenario, TTTSettings
 from ttt_sim.ops import Hazard, Phase, Role, Trace, dependencies
 from ttt_sim.trace_check import verify
-from ttt_sim.workload import METHODS, build_trace, closed_forms
+from ttt_sim.workload import CONTEXT_METHODS, METHODS, build_trace, closed_forms
 
 SMALL = st.integers(min_value=1, max_value=60)
 SPLITS = st.lists(SMALL, min_size=1, max_size=6)
@@ -50,7 +50,7 @@ def split(pieces: list[int], batch: int = 1) -> Scenario:
 
 @st.composite
 def traces(draw: st.DrawFn) -> Trace:
-    method = METHODS[draw(st.sampled_from(list(METHODS)))]
+    method = METHODS[draw(st.sampled_from(CONTEXT_METHODS))]
     settings = method.settings(draw(st.sampled_from([1, 16, 48])), None, draw(ttt_settings()))
     return build_trace(TOY, settings, draw(scenarios()))
 
@@ -144,7 +144,7 @@ def test_fast_weights_end_at_the_version_of_the_last_full_chunk(pieces, ttt):
             assert written[tensor.name] == sum(pieces) // ttt.chunk_tokens
 
 
-@given(SPLITS, ttt_settings(), st.sampled_from(list(METHODS)))
+@given(SPLITS, ttt_settings(), st.sampled_from(CONTEXT_METHODS))
 def test_sequences_of_a_batch_share_only_weights(pieces, ttt, name):
     """Three sequences move three times what one moves, but for the weights, and compute three times as much."""
     settings = METHODS[name].settings(16, None, ttt)

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lower",),
     ("engine",),
     ("bounds", "power", "results", "simulation", "system", "update_cost"),
-    ("comparison", "grid", "crossover", "drift", "predict", "replay", "writing"),
+    ("approaches", "comparison", "grid", "crossover", "drift", "predict", "replay", "writing"),
     ("report",),
     ("experiment",),
     ("",),

@@ -111,7 +111,7 @@ def test_frames_account_for_hits_and_for_rows_read_again() -> None:
     )  # fmt: skip
     result = simulate_trace(chip(library__row_capacity="512 B"), trace_of([(op,)]))
     read = {name: int(values.sum()) for (way, name), values in result.main_bytes().items() if way == "read"}
-    assert read == {"weights": 0, "fast_weights": 0, "kv": 0, "activations": 2 * 49152, "gradients": 0}
+    assert {name: nbytes for name, nbytes in read.items() if nbytes} == {"activations": 2 * 49152}
     assert int(result.ops()["main_read_bytes"].sum()) == int(result.lowered.work.main_read_bytes.sum()) == 2 * 49152
 
 

@@ -13,7 +13,7 @@ from ttt_sim.grid import method_on
 from ttt_sim.lower import MAPPERS
 from ttt_sim.model import Carry, MethodSettings, TTTSettings, WeightWrite
 from ttt_sim.model_config import load_model, load_ttt
-from ttt_sim.ops import BETWEEN_CHIPS, KIND, MEASURED_ALONE, OP_KINDS
+from ttt_sim.ops import KIND, OP_KINDS
 from ttt_sim.reference.decoder import random_parameters, random_tokens
 from ttt_sim.replay import verify as module
 from ttt_sim.replay.describe import describe
@@ -22,7 +22,7 @@ from ttt_sim.replay.order import schedule_order
 from ttt_sim.replay.settings import decoder_shape
 from ttt_sim.replay.verify import Plan, Verdict, first_miscount, reference_run, verify
 from ttt_sim.simulation import simulate_trace
-from ttt_sim.workload import METHODS, build_trace
+from ttt_sim.workload import CONTEXT_METHODS, METHODS, build_trace
 
 TOY, TTT = load_model("toy"), load_ttt("toy")
 CHIPS = [name for name in names("hw_configs", ".yaml") if load_chip(name).execution in MAPPERS]
@@ -40,8 +40,13 @@ def plan(method: MethodSettings, chip: str = "tiny_gpu", **changes: object) -> P
     return replace(usual, **changes)  # type: ignore[arg-type]
 
 
-def test_every_op_kind_that_a_method_emits_has_a_kernel() -> None:
-    assert set(KERNELS) == {kind.name for kind in OP_KINDS} - MEASURED_ALONE - BETWEEN_CHIPS
+def test_every_op_kind_of_the_methods_that_can_be_executed_has_a_kernel() -> None:
+    assert set(KERNELS) == {kind.name for kind in OP_KINDS if kind.spec[0] in "FUC"}
+
+
+def test_other_methods_are_not_executed() -> None:
+    with pytest.raises(ConfigError, match="fine_tuning can be simulated but not executed op by op; methods: kv, "):
+        verify(replace(plan(settings("kv")), method=METHODS["fine_tuning"].settings(None, None, None)))
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -58,7 +63,7 @@ def test_passes_on_every_chip(chip: str, method: str) -> None:
         assert verify(chosen).failure is None
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONTEXT_METHODS)
 def test_digests_do_not_depend_on_the_chip_or_the_schedule(method: str) -> None:
     """What is computed is the method's business; tiles, order and overlap are the chip's."""
     runs = [

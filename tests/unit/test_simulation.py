@@ -19,7 +19,7 @@ from ttt_sim.grid import make_point
 from ttt_sim.model import MethodSettings, Scenario, TTTSettings
 from ttt_sim.program import Timeline
 from ttt_sim.simulation import DecodePlan, Point, decode_plan, simulate_point, simulate_trace
-from ttt_sim.workload import METHODS, build_trace
+from ttt_sim.workload import CONTEXT_METHODS, METHODS, build_trace
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ def test_a_span_that_begins_among_uneven_steps():
 # --- against a simulation of every step -------------------------------------------------------------------------------
 
 CHUNK, WINDOW = 32, 48
-CASES = [(name, "official") for name in METHODS] + [
+CASES = [(name, "official") for name in CONTEXT_METHODS] + [
     (name, carry) for name in ("ttt", "ttt_window") for carry in ("ring", "keep_z", "online")
 ]
 
@@ -130,7 +130,7 @@ def test_sampled_decode_is_the_mean_of_all_steps(chip_name, method, carry, conte
     assert sampled * point.chip.clock_hz == pytest.approx(every_step(point), rel=3e-3)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", CONTEXT_METHODS)
 def test_sampled_decode_where_attention_takes_another_block(method, engine):
     """Step 128 is the first that sees a second block of 128 keys, one step after the span begins: within 2 %.
 
@@ -166,7 +166,7 @@ def test_boundary_and_ordinary_steps_make_up_the_span(engine):
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", CONTEXT_METHODS)
 def test_records_add_up(method, phase, engine):
     point = make_point("tiny_gpu", "toy", method, phase=phase, context=96, batch=2, chunk=32, window=48, engine=engine)
     done = simulate_point(point)
@@ -216,7 +216,9 @@ def test_activations_that_do_not_fit():
 
 def test_unknown_phase():
     point = make_point("tiny_gpu", "toy", "kv")
-    with pytest.raises(WorkloadError, match="phase is 'training', expected one of prefill, decode"):
+    with pytest.raises(
+        WorkloadError, match="phase is 'training', which method kv does not have; phases: prefill, ask, decode"
+    ):
         simulate_point(replace(point, phase="training"))  # type: ignore[arg-type]
 
 

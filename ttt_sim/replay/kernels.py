@@ -385,7 +385,7 @@ def _weight_write(c: OpCall) -> Results:
     return _with_shadow(c, weight.values + _rate(c, norm) * delta.values)
 
 
-#: The kernel of every op kind.
+#: The kernel of every op kind of a KV cache and of In-Place TTT.
 KERNELS: Mapping[str, Callable[[OpCall], Results]] = {
     "embedding": _embedding,
     "attn_norm": _norm,

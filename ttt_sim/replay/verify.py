@@ -33,7 +33,7 @@ from ttt_sim.replay.products import ACCUMULATE, Accumulate
 from ttt_sim.replay.settings import decoder_shape
 from ttt_sim.replay.tiling import Tiling, tiling_of
 from ttt_sim.simulation import simulate_trace
-from ttt_sim.workload import build_trace
+from ttt_sim.workload import CONTEXT_METHODS, build_trace
 
 #: Executing with correct rounding runs at the order of 1e10 FLOP/s, and parameters are held in float64.
 MOST_FLOPS, MOST_PARAMETERS = 10**12, 300 * 10**6
@@ -155,6 +155,11 @@ def verify(plan: Plan) -> Verdict:
         raise ConfigError(f"accumulation {plan.accumulate!r} is not one of {', '.join(ACCUMULATE)}")
     if not 0 <= plan.seed <= LARGEST_SEED:
         raise ConfigError(f"seed {plan.seed} is not between 0 and {LARGEST_SEED}")
+    if plan.method.name not in CONTEXT_METHODS:
+        raise ConfigError(
+            f"method {plan.method.name} can be simulated but not executed op by op; "
+            f"methods: {', '.join(CONTEXT_METHODS)}"
+        )
     try:
         shape = decoder_shape(plan.model, plan.method, plan.dtype)
     except InputError as error:

@@ -13,6 +13,7 @@ from ttt_sim.dtypes import tensor_bytes
 from ttt_sim.errors import ConfigError, UnsupportedError
 from ttt_sim.model import KVSettings, MethodSettings, Model, Scenario, TTTSettings
 from ttt_sim.ops import Trace
+from ttt_sim.units import ceil_div
 from ttt_sim.workload.attention import kv_bytes
 from ttt_sim.workload.backward import ATTENTION_PRODUCTS, MLP_PRODUCTS, Optimiser, Steps, Training
 from ttt_sim.workload.kv_cache import DEFAULT_KV_DTYPE
@@ -23,8 +24,8 @@ from ttt_sim.workload.transformer import Decoder, decoder_trace
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingOptions:
     """How a step of training is made. ``loss_tile_rows``: rows of logits that exist at a time, None for all;
-    ``epochs``: times that a context is gone through; ``recompute``, ``master`` and ``clip`` as of
-    :mod:`ttt_sim.workload.backward`."""
+    ``epochs``: times that a context is gone through, in sequences of ``sequence_tokens``; ``recompute``, ``master`` and
+    ``clip`` as of :mod:`ttt_sim.workload.backward`."""
 
     optimiser: Optimiser = "adam"
     recompute: bool = True
@@ -32,9 +33,10 @@ class TrainingOptions:
     clip: bool = True
     loss_tile_rows: int | None = None
     epochs: int = 1
+    sequence_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        for name in ("loss_tile_rows", "epochs"):
+        for name in ("loss_tile_rows", "epochs", "sequence_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"option {name} is {value}, expected at least 1")
@@ -97,9 +99,21 @@ def _no_context(settings: MethodSettings, tokens: int) -> int:
     return 0
 
 
+def step_tokens(settings: MethodSettings, tokens: int) -> int:
+    """Tokens of one step: a context is cut into sequences, one of which a step trains on."""
+    return min(tokens, _options(settings).sequence_tokens)
+
+
+def steps(settings: MethodSettings, tokens: int) -> int:
+    """Steps that take a context of ``tokens`` in."""
+    options = _options(settings)
+    return options.epochs * ceil_div(tokens, step_tokens(settings, tokens))
+
+
 FINE_TUNING = Method(
     name="fine_tuning", title="full fine-tuning", settings=_settings, trace=trace, state=state,
-    phases=("prefill", "ask", "decode", "train"), adapts="train", held_tokens=_no_context, options=TrainingOptions,
+    family="training", phases=("prefill", "ask", "decode", "train"), adapts="train", held_tokens=_no_context,
+    step_tokens=step_tokens, steps=steps, batched=False, options=TrainingOptions,
     needs=("a backward pass", "optimiser state in memory", "all weights writable"),
     caveat="Facts taken up by training on a text are recalled less reliably than from the text itself.",
 )  # fmt: skip

@@ -16,6 +16,8 @@ from ttt_sim.units import parse_tokens
 #: What can be simulated of a method. ``prefill``: a prompt from an empty state; ``ask``: a question after a context
 #: that was taken in; ``decode``; ``train``: a step of training; ``index``: documents become an index to search.
 PhaseName = Literal["prefill", "ask", "decode", "train", "index"]
+#: What a method keeps a context in.
+Family = Literal["cache", "fast_weights", "state", "training", "retrieval"]
 PHASE_NAMES: tuple[PhaseName, ...] = get_args(PhaseName)
 
 
@@ -40,6 +42,10 @@ def _all_tokens(settings: MethodSettings, tokens: int) -> int:
     return tokens
 
 
+def _one_step(settings: MethodSettings, tokens: int) -> int:
+    return 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """A way to adapt a model to a context.
@@ -48,8 +54,11 @@ class Method:
     ``trace(model, settings, scenario)`` is the workload, ``state(model, settings, tokens, dtype)`` what a sequence
     keeps after ``tokens`` tokens with activations of ``dtype``.
 
-    ``phases`` that it can run; ``adapts``: the phase in which it takes a context in. ``held_tokens(settings, tokens)``:
-    tokens before a question about a context of ``tokens`` tokens, where weights or an index hold the rest.
+    ``family``: what it keeps a context in; ``phases`` that it can run; ``adapts``: the one in which it takes a context
+    in. ``held_tokens(settings, tokens)``: tokens before a question about a context of ``tokens`` tokens, where weights
+    or an index hold the rest. ``step_tokens`` and ``steps``, with the same arguments: tokens of one step of training,
+    and the steps that take a context in. ``batched`` False: every user has a model of its own, so users take turns
+    instead of sharing steps.
     ``options``: the class of ``MethodSettings.options``, a frozen dataclass with defaults. ``needs``: features of
     hardware beyond those of inference with a KV cache; ``caveat``: what published work says of its quality, with the
     source.
@@ -60,9 +69,13 @@ class Method:
     settings: Callable[[int | None, str | None, TTTSettings | None], MethodSettings]
     trace: Callable[[Model, MethodSettings, Scenario], Trace]
     state: Callable[[Model, MethodSettings, int, str], State]
+    family: Family = "cache"
     phases: tuple[PhaseName, ...] = ("prefill", "ask", "decode")
     adapts: PhaseName = "prefill"
     held_tokens: Callable[[MethodSettings, int], int] = _all_tokens
+    step_tokens: Callable[[MethodSettings, int], int] = _all_tokens
+    steps: Callable[[MethodSettings, int], int] = _one_step
+    batched: bool = True
     options: type[Any] | None = None
     needs: tuple[str, ...] = ()
     caveat: str = ""

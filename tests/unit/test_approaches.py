@@ -1,0 +1,123 @@
+"""Ways to adapt, set against each other: rows against points simulated by hand."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from ttt_sim.approaches import COLUMNS, Approached, Approaches, approach, methods_of
+from ttt_sim.config import load_chip
+from ttt_sim.errors import ConfigError
+from ttt_sim.grid import make_point
+from ttt_sim.model_config import load_model, load_ttt
+from ttt_sim.report.approaches import findings
+from ttt_sim.report.figures_approaches import FAMILIES, FIGURES
+from ttt_sim.simulation import simulate_point
+from ttt_sim.workload import METHODS
+from ttt_sim.workload.method import PHASE_NAMES
+
+SETTINGS = Approaches(
+    chip=load_chip("h100"), model=load_model("Qwen3-1.7B"), methods=("kv", "ttt_window", "fine_tuning"), context=8192,
+    question=100, answer=20, batch=4, ttt=load_ttt("default"), window=1024, dtype=None, kv_dtype=None, call_tokens=8192,
+    options={"fine_tuning": {"epochs": "3"}}, workers=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data() -> Approached:
+    return approach(SETTINGS)
+
+
+def row(data: Approached, method: str) -> dict[str, Any]:
+    return {str(name): value for name, value in data.table[data.table["method"] == method].iloc[0].items()}
+
+
+def seconds(method: str, phase: str, context: int, batch: int = 1, **more: Any) -> float:
+    point = make_point(
+        "h100", "Qwen3-1.7B", method, phase=phase, context=context, batch=batch, window=1024, **more  # type: ignore[arg-type]
+    )  # fmt: skip
+    return float(simulate_point(point).record["seconds"])  # type: ignore[arg-type]
+
+
+def test_a_cache_is_filled_asked_and_decoded_from(data: Approached) -> None:
+    found = row(data, "kv")
+    assert found["adapt_seconds"] == seconds("kv", "prefill", 8192)
+    assert found["ask_seconds"] == seconds("kv", "ask", 8192, question=100)
+    assert found["step_seconds"] == seconds("kv", "decode", 8192, batch=4)
+    assert found["answer_seconds"] == pytest.approx(
+        found["adapt_seconds"] + found["ask_seconds"] + 20 * found["step_seconds"]
+    )
+    kappa = 2 * 8 * 128 * 28 * 2
+    assert found["state_bytes"] == found["state_kv_bytes"] == 8192 * kappa
+    room = SETTINGS.chip.main_memory.capacity_bytes
+    assert found["users"] < room // (8192 * kappa)
+    assert found["users"] == pytest.approx((room - 2 * SETTINGS.model.parameters) // (8192 * kappa), abs=1)
+    assert pd.isna(found["boundary_added_seconds"])
+
+
+def test_fast_weights_add_a_step_that_takes_longer(data: Approached) -> None:
+    found = row(data, "ttt_window")
+    assert found["boundary_added_seconds"] > 0
+    assert found["state_fast_weight_bytes"] == 5 * 2048 * 6144 * 2
+    assert found["state_bytes"] < row(data, "kv")["state_bytes"]
+
+
+def test_training_repeats_its_step_and_users_take_turns(data: Approached) -> None:
+    found = row(data, "fine_tuning")
+    assert found["adapt_steps"] == 3 * 2  # three times two sequences of 4096 tokens
+    assert found["adapt_seconds"] == pytest.approx(6 * seconds("fine_tuning", "train", 4096))
+    assert found["step_seconds"] == pytest.approx(4 * seconds("kv", "decode", 1), rel=2e-2)
+    assert found["state_fast_weight_bytes"] == 2 * SETTINGS.model.parameters
+
+
+def test_training_takes_as_many_chips_as_hold_it() -> None:
+    found = row(approach(replace(SETTINGS, model=load_model("Qwen3-8B"), methods=("fine_tuning",))), "fine_tuning")
+    assert found["chips"] == 1
+    assert found["adapt_chips"] > 1
+    assert 16 * load_model("Qwen3-8B").parameters <= found["adapt_chips"] * SETTINGS.chip.main_memory.capacity_bytes
+
+
+def test_what_a_chip_cannot_do_is_a_row_that_says_why() -> None:
+    small = replace(SETTINGS, chip=load_chip("loihi2"), model=load_model("toy"), context=256, options={})
+    result = approach(small)
+    found = row(result, "fine_tuning")
+    assert "local rules only" in found["why"]
+    assert pd.isna(found["answer_seconds"])
+    assert any("Not on this chip as a whole: fine tuning" in sentence for sentence in findings(result))
+    for figure in FIGURES.values():
+        assert len(figure(result).table) in (2, 3)
+
+
+def test_findings_name_the_extremes(data: Approached) -> None:
+    least = data.table.sort_values("step_seconds").iloc[0]["method"]
+    sentence = next(text for text in findings(data) if text.startswith("Fastest decode step"))
+    assert {"kv": "KV cache", "ttt_window": "TTT + window", "fine_tuning": "fine tuning"}[least] in sentence
+    assert list(data.table.columns) == list(COLUMNS)
+
+
+def test_every_method_has_what_the_table_says_of_it() -> None:
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert method.family in FAMILIES
+        assert method.caveat, name
+        assert set(method.phases) <= set(PHASE_NAMES)
+        assert method.adapts in method.phases
+        assert method.family == "cache" or method.needs, name
+
+
+def test_columns_are_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "results.md").read_text(encoding="utf-8")
+    rows = text.partition("## The approaches folder")[2].partition("## Glossary")[0].splitlines()
+    cells = [row.split("|")[1] for row in rows if row.startswith("| `")]
+    assert sorted(name for cell in cells for name in re.findall(r"`(\w+)`", cell)) == sorted(COLUMNS)
+
+
+def test_methods_that_cannot_be_asked_are_refused() -> None:
+    assert {"kv", "ttt_window", "fine_tuning"} <= set(methods_of(None))
+    with pytest.raises(ConfigError, match="unknown method 'fine_tunin', did you mean fine_tuning"):
+        methods_of(["fine_tunin"])
