@@ -18,7 +18,7 @@ from ttt_sim.errors import ConfigError, WorkloadError
 from ttt_sim.grid import make_point, weight_bytes
 from ttt_sim.model import ONE_CHIP, Model, Parallel, TTTSettings
 from ttt_sim.parallel import Progress, run_all
-from ttt_sim.simulation import Point, call_tokens
+from ttt_sim.simulation import Point, rows_at_once
 from ttt_sim.system import least_system, tensor_parallel_sizes
 from ttt_sim.workload import METHODS, find_method, state_per_sequence
 from ttt_sim.workload.method import Method, PhaseName
@@ -79,7 +79,7 @@ class Approaches:
         held = find_method(method).held_tokens(point.method, self.context) + self.question + self.answer
         least = least_system(
             self.chip, self.model, [point.method], context_tokens=held, batch=batch,
-            rows=min(self.context, call_tokens(point)), dtype=point.dtype,
+            rows=rows_at_once(point), dtype=point.dtype,
         )  # fmt: skip
         return replace(point, parallel=least or ONE_CHIP)
 

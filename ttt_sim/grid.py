@@ -25,6 +25,7 @@ from ttt_sim.simulation import (
     PHASES,
     Point,
     PointResult,
+    rows_at_once,
     simulate_point,
 )
 from ttt_sim.system import arrange, least_system
@@ -97,15 +98,7 @@ def make_point(
         raise ConfigError(f"phase: method {method} has no phase {phase}; it has {', '.join(phases)}")
     tokens = _tokens("context", context)
     call = _tokens("call", call_tokens)
-    if parallel is None:
-        rows, held = (min(tokens, call), tokens) if phase == "prefill" else (1, tokens + settings.chunk_tokens)
-        asked = any(value is not None for value in (chips, tp, pp, cp))
-        parallel = (
-            arrange(shape, chips=chips, tp=tp, pp=pp, cp=cp)
-            if asked or phase == "train"
-            else least_system(loaded, shape, [chosen], context_tokens=held, rows=rows, dtype=dtype)
-        )
-    return Point(
+    point = Point(
         chip=loaded,
         model=shape,
         method=chosen,
@@ -121,6 +114,15 @@ def make_point(
         overlap=overlap,
         parallel=parallel or ONE_CHIP,
     )
+    if parallel is not None:
+        return point
+    if any(value is not None for value in (chips, tp, pp, cp)):
+        return replace(point, parallel=arrange(shape, chips=chips, tp=tp, pp=pp, cp=cp))
+    if phase == "train":
+        return point
+    held = tokens + (settings.chunk_tokens if phase == "decode" else 0)
+    least = least_system(loaded, shape, [chosen], context_tokens=held, rows=rows_at_once(point), dtype=dtype)
+    return replace(point, parallel=least or ONE_CHIP)
 
 
 def method_on(

@@ -374,6 +374,15 @@ def call_tokens(point: Point) -> int:
     return longest.get(point.phase, point.call_tokens)
 
 
+def rows_at_once(point: Point) -> int:
+    """Most rows of a sequence that one call computes with: its tokens, or the whole chunk that a decode step runs the
+    MLP on again."""
+    ttt = point.method.ttt
+    if point.phase == "decode" and ttt is not None and ttt.carry in ("official", "ring"):
+        return ttt.chunk_tokens
+    return min(point.context_tokens, call_tokens(point))
+
+
 def _identity(point: Point) -> dict[str, object]:
     """Fields that say what was simulated, and the state that it keeps per sequence."""
     ttt = point.method.ttt
@@ -420,7 +429,7 @@ def _does_not_fit(
     capacity = point.chip.capacity_bytes if capacity is None else capacity
     least = None if point.phase == "train" else least_system(
         point.chip, point.model, [point.method], context_tokens=point.context_tokens, batch=point.batch,
-        rows=min(point.context_tokens, call_tokens(point)), dtype=point.dtype,
+        rows=rows_at_once(point), dtype=point.dtype,
     )  # fmt: skip
     here = point.parallel.chips
     chips = least.chips if least is not None and least.chips > here else ceil_div(needed, capacity) * here

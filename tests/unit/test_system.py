@@ -16,7 +16,7 @@ from ttt_sim.lower.work import LINK
 from ttt_sim.model import Model, Parallel, Scenario, TTTSettings, shard, stage_starts
 from ttt_sim.model_config import load_model, load_ttt
 from ttt_sim.ops import BETWEEN_CHIPS, KIND, OP_KINDS, OpClass, Trace, op_classes
-from ttt_sim.simulation import UNMEASURED_KINDS, simulate_point, simulate_trace
+from ttt_sim.simulation import UNMEASURED_KINDS, rows_at_once, simulate_point, simulate_trace
 from ttt_sim.system import arrange, holdings, least_system, microbatches_of, period_cycles, pipeline_cycles
 from ttt_sim.trace_check import verify
 from ttt_sim.workload import METHODS, build_trace
@@ -455,3 +455,15 @@ def test_gpus_beyond_a_node_use_the_network_between_nodes() -> None:
     assert [link_to(h100, partners).name for partners in (1, 7, 8, 31)] == ["nvlink", "nvlink", "nic", "nic"]
     with pytest.raises(ConfigError, match="chips: 3000 would be 750 stages, but toy has 6 parts"):
         arrange(TOY, chips=3000)
+
+
+def test_the_least_system_has_room_for_the_chunk_that_a_step_computes_again() -> None:
+    """Chips with little memory: the step that completes a chunk runs the MLP on all its rows, unless they were kept."""
+    usual = make_point("groq_lpu", "Qwen3-4B", "ttt_window", phase="decode", context=32768)
+    assert rows_at_once(usual) == 1024
+    assert simulate_point(usual).record["fits"]
+    assert rows_at_once(make_point("groq_lpu", "Qwen3-4B", "kv_window", phase="decode", context=32768)) == 1
+    kept = make_point(
+        "groq_lpu", "Qwen3-4B", "ttt_window", phase="decode", context=32768, ttt=TTTSettings(carry="keep_z")
+    )
+    assert rows_at_once(kept) == 1
