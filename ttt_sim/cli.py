@@ -147,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
     _chip_options(approaches)
     approaches.set_defaults(function=_approaches)
 
+    claims = command("claims", "put public claims about test-time training and hardware to the test")
+    claims.add_argument("--claim", metavar="LIST", help="names of claims (default: all)")
+    claims.add_argument("--out", default="reports/claims.md", metavar="FILE", help="the ledger (default: %(default)s)")
+    claims.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    claims.set_defaults(function=_claims)
+
     trace = command("trace", "write the op trace of one workload to a file")
     _workload_options(trace)
     trace.add_argument("--method", default="ttt_window", help="one method (default: %(default)s)")
@@ -454,6 +460,25 @@ def _approaches(args: argparse.Namespace) -> int:
     data = approach(settings, progress=progress_bar)
     write_approached(data, out, command=_command_line(), version=__version__, workers=workers)
     print_approached(data, out)
+    return 0
+
+
+def _claims(args: argparse.Namespace) -> int:
+    from ttt_sim.claims import judge_claims
+    from ttt_sim.grid import progress_bar
+    from ttt_sim.report.claims import print_claims, write_claims
+
+    workers = None if args.workers is None else _at_least("--workers", args.workers, 1)
+    names = None if args.claim is None else _words("--claim", args.claim)
+    out = Path(args.out)
+    if out.is_dir():
+        raise ConfigError(f"--out: {out} is a folder, expected a file")
+    try:
+        judged = judge_claims(names, workers=workers, progress=progress_bar)
+    except ConfigError as error:
+        raise ConfigError(f"--claim: {error}") from None
+    write_claims(judged, out, command=_command_line(), version=__version__)
+    print_claims(judged, out)
     return 0
 
 

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("bounds", "power", "results", "simulation", "system", "update_cost"),
     ("approaches", "comparison", "grid", "crossover", "drift", "predict", "replay", "writing"),
+    ("claims",),
     ("report",),
     ("experiment",),
     ("",),
