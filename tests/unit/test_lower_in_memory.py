@@ -294,6 +294,20 @@ def test_rows_that_are_not_in_the_cache_yet_are_written_for_the_core(stored):
     assert work.cycles[0, MATRIX] == 2 * 64 * 16 + 8
 
 
+def test_an_output_that_goes_on_is_not_written_into_arrays():
+    # 64 queries go on over 64 keys and values that another chip sent, 16 KiB; the output so far is 8 KiB more.
+    row = 2 * 64
+    t = HandTrace()
+    t.weight("q", 64 * row)
+    t.tensor("received", 2 * 64 * row, Role.ACTIVATION, exists=True)
+    t.tensor("out", 64 * row, Role.ACTIVATION, exists=True)
+    t.op(
+        "attention", m=64, n=64, k=64, heads=1, kv_heads=1, position=64, pairs=64 * 64,
+        reads=[("q", 0, 64 * row), ("received", 0, 2 * 64 * row), ("out", 0, 64 * row)], writes=[("out", 1, 64 * row)],
+    )  # fmt: skip
+    assert lower(t.build(), cim()).work.staged_bytes.tolist() == [2 * 64 * row]
+
+
 def test_lanes_attend_where_they_cannot_be_written_for_it():
     # 64 x 128 pairs of 64 elements, two products: 4 FLOP, 2 multiply-adds, beside 4 lane operations of the softmax.
     result = simulate_trace(chip("tiny_pcm"), fresh_trace(stored=64))

@@ -82,8 +82,9 @@ def place(trace: Trace, chip: Chip) -> Placement:
 
     smaller = -(-trace.batch * np.minimum(trace.m, trace.n) * trace.k * element_bits(trace) // 8)
     staged = np.where(matmul & (last < 0), smaller, 0)
-    # An attention core multiplies with keys and values of this call that are not in the cache yet.
-    temporary = total_by(op, np.where(candidate, 0, trace.read_bytes), trace.n_ops)
+    # An attention core multiplies with keys and values of this call that are not in the cache yet; the output so far,
+    # to which a core over further keys adds, is no operand of it.
+    temporary = total_by(op, np.where(candidate | added_to, 0, trace.read_bytes), trace.n_ops)
     staged = np.where(attends, np.maximum(temporary - query_bytes(trace), 0), staged)
     if not arrays_are_writable(chip):
         on_lanes = staged > 0
