@@ -19,7 +19,7 @@ from ttt_sim.ops import BETWEEN_CHIPS, KIND, OP_KINDS, OpClass, Trace, op_classe
 from ttt_sim.simulation import UNMEASURED_KINDS, rows_at_once, simulate_point, simulate_trace
 from ttt_sim.system import arrange, holdings, least_system, microbatches_of, period_cycles, pipeline_cycles
 from ttt_sim.trace_check import verify
-from ttt_sim.workload import METHODS, build_trace
+from ttt_sim.workload import METHODS, build_trace, closed_forms
 
 TOY, TTT = load_model("toy"), load_ttt("toy")
 CHUNK = TTT.chunk_tokens
@@ -204,8 +204,43 @@ def test_a_window_needs_the_tokens_before_it() -> None:
     cores = of_kind(trace, "attention")
     assert set(trace.n[cores]) == {window - 1 + m}
     assert set(trace.pairs[cores]) == {m * window}
-    kv = 2 * (window - 1) * 2 * TOY.n_kv_heads * TOY.head_dim * 2
-    assert [read_bytes(trace, op) for op in of_kind(trace, "kv_ring")] == [kv] * L
+    row = 2 * 2 * TOY.n_kv_heads * TOY.head_dim * 2
+    # the whole part of the chip before, and all but one token of the one before that
+    assert [read_bytes(trace, op) for op in of_kind(trace, "kv_ring")] == [m * row, (m - 1) * row] * L
+
+
+@pytest.mark.parametrize(
+    ("window", "steps"),  # tokens of each step to the last of 4 chips with 16 tokens each
+    [
+        (1, []),
+        (2, [1]),
+        (CHUNK, [CHUNK - 1]),
+        (CHUNK + 1, [CHUNK]),
+        (CHUNK + 2, [CHUNK, 1]),
+        (3 * CHUNK, [CHUNK, CHUNK, CHUNK - 1]),
+        (3 * CHUNK + 1, [CHUNK] * 3),
+        (4 * CHUNK, [CHUNK] * 3),
+        (100 * CHUNK, [CHUNK] * 3),
+        (None, [CHUNK] * 3),
+    ],
+)
+def test_a_window_reaches_over_as_many_chips_as_hold_it(window: int | None, steps: list[int]) -> None:
+    ranks, m, model = 4, CHUNK, replace(TOY, vocab_size=64 * CHUNK)
+    settings = METHODS["kv" if window is None else "kv_window"].settings(window, None, TTT)
+    trace = build_trace(model, settings, Scenario.prefill(ranks * m, batch=2, parallel=Parallel(cp=ranks)))
+    verify(trace)
+    ring, cores = of_kind(trace, "kv_ring"), of_kind(trace, "attention")
+    row = int(closed_forms.kv_bytes_per_token(model)) // L
+    assert [read_bytes(trace, op) for op in ring] == [2 * tokens * row for tokens in steps] * L
+    assert (len(steps), sum(steps)) == closed_forms.ring_transfers(m, ranks, window)
+    seen = closed_forms.visible_pairs(m, (ranks - 1) * m, window)
+    assert trace.pairs[cores].sum() == L * seen
+    assert trace.flops[cores].sum() == 2 * closed_forms.attention_flops(model, m, (ranks - 1) * m, window)
+    # keys and values of a core: what the steps brought, and the chip's own
+    keys = sum(read_bytes(trace, op) for op in cores if trace.layer[op] == 0)
+    queries = 2 * m * model.n_heads * model.head_dim * 2
+    carried = 0 if window is not None else len(steps)
+    assert keys == 2 * (sum(steps) + m) * row + queries * (1 + 2 * carried)
 
 
 def test_deltas_of_other_chips_arrive_before_a_weight_is_applied(engine: str) -> None:

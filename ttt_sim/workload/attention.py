@@ -82,11 +82,11 @@ def attention_weights(model: Model) -> dict[str, tuple[int, ...]]:
 
 def declare_kv(builder: TraceBuilder, model: Model, kv: KVSettings, scenario: Scenario) -> None:
     """Declare the caches, with room for what they hold at the end. Version 0 is what they hold at the start."""
-    kept = kept_tokens(kv, scenario.context_tokens)
+    kept, cp = kept_tokens(kv, scenario.context_tokens), scenario.parallel.cp
     if scenario.shares_prompt:  # the last tokens, which a window keeps, are all on the last chip
         tokens = min(kept, scenario.calls[0].tokens)
     else:
-        tokens = -(-kept // scenario.parallel.cp)
+        tokens = -(-kept // cp)
     builder.declare(
         "kv",
         (scenario.batch, tokens, 2, model.n_kv_heads, model.head_dim),
@@ -191,14 +191,15 @@ def _shared_prompt(
     """F6 and F7 of the last of ``cp`` chips that share a prompt, which sees the tokens of all others.
 
     Full attention: keys and values go around the ring, one step beside the core over the part that came before
-    (ring attention, arXiv 2310.01889). A window needs the last w - 1 tokens of the chips before this one.
+    (ring attention, arXiv 2310.01889). A window needs the last w - 1 tokens before this chip's: as many steps as chips
+    hold them, the last one of the rest.
     """
     m, ranks = s.run.tokens, parallel.cp
     token_bytes = kv_token_bytes(model, kv)
     width = model.n_heads * model.head_dim
     carried: Read = ("attn_core", int(n_bytes(batch * m * width, dtype)))
 
-    def step(source: Read, tokens: int) -> Read:
+    def step(source: Read, tokens: int) -> Write:
         """P4: ``tokens`` rows of every sequence arrive from the chip before."""
         shape, size = (batch, tokens, 2, model.n_kv_heads, model.head_dim), batch * tokens * token_bytes
         received = s.buffer("kv_received", shape, kv.dtype, size=size)
@@ -212,10 +213,13 @@ def _shared_prompt(
     if kv.window_tokens is not None:
         fresh = (k, v)
         halo = min(kv.window_tokens - 1, (ranks - 1) * m)
+        sizes = [min(m, halo - start) for start in range(0, halo, m)]  # rows of the chip before, and on
         reads: list[Read] = []
         if halo:
             _append(s, model, kv, batch, dtype, k, v)
-            reads = [step(("kv", batch * halo * token_bytes), halo)]
+        for i, tokens in enumerate(sizes):
+            name, size = step((reads[-1][0] if reads else "kv", batch * tokens * token_bytes), tokens)
+            reads.append((name, size, len(sizes) - 1 - i))
         keys = np.full_like(s.run.positions, halo + m)
         _core(s, model, kv, batch, dtype, q, keys, stored=keys - m, fresh=(*reads, *fresh), cached=())
         if not halo:

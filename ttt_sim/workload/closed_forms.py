@@ -91,6 +91,21 @@ def visible_pairs(tokens: int, before: int = 0, window_tokens: int | None = None
     return pairs - outside(before + tokens) + outside(before)
 
 
+class RingTransfers(NamedTuple):
+    """Transfers to a chip, and the tokens of which they bring keys and values."""
+
+    transfers: int
+    tokens: int
+
+
+def ring_transfers(part_tokens: int, chips: int, window_tokens: int | None = None) -> RingTransfers:
+    """What the last of ``chips`` gets to see of the parts before its own: all, one part a transfer; of a window the
+    last w - 1 tokens, from ceil((w - 1) / part) chips."""
+    if window_tokens is None or window_tokens > (chips - 1) * part_tokens:
+        return RingTransfers(chips - 1, (chips - 1) * part_tokens)
+    return RingTransfers(-(-(window_tokens - 1) // part_tokens), window_tokens - 1)
+
+
 def attention_flops(model: Model, tokens: int, before: int = 0, window_tokens: int | None = None) -> int:
     """4 H h N in every layer: scores and weighted sum."""
     pairs = visible_pairs(tokens, before, window_tokens)
