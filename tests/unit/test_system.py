@@ -296,6 +296,21 @@ def test_what_only_ttt_runs_on_several_chips_is_unmeasured() -> None:
     assert not kinds["kv"] & set(UNMEASURED_KINDS)
 
 
+@pytest.mark.parametrize(
+    ("method", "context", "window", "cp", "keys"),
+    [("kv", 4, 64, 4, 4), ("kv", 3, 64, 4, 3), ("kv_window", 64, 3, 4, 3), ("ttt_window", 64, 4, 4, 4)],
+)
+def test_every_chip_holds_a_key_while_decoding(method: str, context: int, window: int, cp: int, keys: int) -> None:
+    """Decode begins with the keys of the context, of which a window keeps its last."""
+    point = make_point(
+        linked(), TOY, method, phase="decode", context=context, window=window, ttt=TTT, parallel=Parallel(cp=cp)
+    )  # fmt: skip
+    record = simulate_point(point).record
+    assert record["fits"] == (keys >= cp)
+    expected = "" if keys >= cp else f"{cp} chips cannot share {keys} keys of a sequence: each must hold at least one"
+    assert record["missing"] == expected
+
+
 # --- transfers --------------------------------------------------------------------------------------------------------
 
 

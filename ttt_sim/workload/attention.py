@@ -14,7 +14,7 @@ import numpy as np
 
 from ttt_sim.data_files import did_you_mean
 from ttt_sim.dtypes import DTYPES
-from ttt_sim.errors import ConfigError
+from ttt_sim.errors import ConfigError, UnsupportedError
 from ttt_sim.model import KVSettings, Model, Parallel, Scenario
 from ttt_sim.ops import IntArray, Num, Role
 from ttt_sim.workload.builder import Read, Segment, TraceBuilder, Write, n_bytes
@@ -81,8 +81,15 @@ def attention_weights(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def declare_kv(builder: TraceBuilder, model: Model, kv: KVSettings, scenario: Scenario) -> None:
-    """Declare the caches, with room for what they hold at the end. Version 0 is what they hold at the start."""
+    """Declare the caches, with room for what they hold at the end. Version 0 is what they hold at the start.
+
+    Raises:
+        UnsupportedError: a chip of a context-parallel group would hold no key.
+    """
     kept, cp = kept_tokens(kv, scenario.context_tokens), scenario.parallel.cp
+    fewest = kept_tokens(kv, scenario.calls[0].position + 1)
+    if fewest < cp and not scenario.shares_prompt:
+        raise UnsupportedError(f"{cp} chips cannot share {fewest} keys of a sequence: each must hold at least one")
     if scenario.shares_prompt:  # the last tokens, which a window keeps, are all on the last chip
         tokens = min(kept, scenario.calls[0].tokens)
     else:
