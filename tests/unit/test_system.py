@@ -11,7 +11,7 @@ from ttt_sim.errors import ConfigError, UnsupportedError, WorkloadError
 from ttt_sim.grid import make_point
 from ttt_sim.lower import lower
 from ttt_sim.lower.kernels import STREAMS
-from ttt_sim.lower.levels import link_to, transfer_seconds
+from ttt_sim.lower.levels import link_to, stage_link, transfer_seconds
 from ttt_sim.lower.work import LINK
 from ttt_sim.model import Model, Parallel, Scenario, TTTSettings, shard, stage_starts
 from ttt_sim.model_config import load_model, load_ttt
@@ -344,6 +344,43 @@ def test_the_nearest_link_that_reaches_is_used() -> None:
     assert [link_to(chip, n).name for n in (1, 7, 8)] == ["near", "near", "far"]
     with pytest.raises(UnsupportedError, match="needs links to 8 other chips and the file has links to 7 others at"):
         link_to(replace(chip, links=(near,)), 8)
+
+
+@pytest.mark.parametrize(
+    ("stage_chips", "links"),  # from each stage to the next, on nodes of eight
+    [
+        (1, ["near"] * 7 + ["far"] + ["near"] * 7 + ["far"]),
+        (2, ["near", "near", "near", "far", "near"]),
+        (3, ["near", "far", "near", "far"]),  # two stages in a node, two chips of it idle
+        (4, ["near", "far", "near", "far"]),
+        (5, ["far", "far"]),
+        (8, ["far", "far"]),
+        (16, ["far", "far"]),
+    ],
+)
+def test_stages_in_a_node_use_its_link(stage_chips: int, links: list[str]) -> None:
+    near, far = replace(LINK_1, name="near", peers=7), replace(LINK_1, name="far")
+    chip = replace(load_chip("tiny_gpu"), links=(near, far))
+    assert [stage_link(chip, stage_chips, i).name for i in range(len(links))] == links
+    alone = replace(chip, links=(near,))
+    assert [stage_link(alone, stage_chips, i).name for i in range(links.index("far"))] == links[: links.index("far")]
+    with pytest.raises(UnsupportedError, match="the file has links to 7 others at most"):
+        stage_link(alone, stage_chips, links.index("far"))
+
+
+def test_a_pipeline_over_nodes_is_held_up_where_it_leaves_one(engine: str) -> None:
+    """Four stages of two chips on nodes of four: the slow link carries one of three transfers of every step."""
+    near = replace(LINK_1, name="near", peers=3)
+    far = replace(LINK_1, name="far", latency_s=1e-3)
+    chip = replace(load_chip("tiny_gpu"), links=(near, far))
+    trace = trace_of("kv", Parallel(tp=2, pp=4), tokens=16)
+    sends = of_kind(trace, "stage_send")
+    found = simulate_trace(chip, trace, engine=engine)
+    sent = found.lowered.work.link_bytes[found.lowered.kernels.of_op[sends]]
+    nbytes = 2 * 16 * D * 2
+    assert sent.tolist() == [[nbytes, 0], [0, nbytes], [nbytes, 0]]
+    alike = simulate_trace(replace(chip, links=(near, replace(far, latency_s=1e-6))), trace, engine=engine)
+    assert found.cycles - alike.cycles == chip.cycles(1e-3) - chip.cycles(1e-6)
 
 
 @pytest.mark.parametrize("method", ["kv", "ttt", "ttt_window"])

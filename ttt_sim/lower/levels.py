@@ -205,7 +205,8 @@ def _transfer_starts(
 
 
 def _collectives(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> IntArray:
-    """Transfers between chips, each over the nearest link that reaches all its partners (see :func:`link_to`).
+    """Transfers between chips, each over the nearest link that reaches all its partners (:func:`link_to`), or the
+    next stage of a pipeline (:func:`stage_link`).
 
     Returns the bytes that this chip sends, (n_kernels, n_links).
 
@@ -214,12 +215,17 @@ def _collectives(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> IntA
     """
     sent = np.zeros((kernels.n, len(chip.links)), dtype=np.int64)
     ops = np.flatnonzero(op_classes(trace) == int(OpClass.COLLECTIVE))
+    stage: dict[int, int] = {}  # that a step is in
     for op in ops:
-        ranks = int(trace.heads[op])
-        link = link_to(chip, max(ranks, int(trace.kv_heads[op])) - 1)
+        ranks, group, step = int(trace.heads[op]), int(trace.kv_heads[op]), int(trace.step[op])
+        kind = OP_KINDS[int(trace.kind[op])].name
+        if kind == "stage_send":
+            link = stage_link(chip, max(group, 1), stage.get(step, 0))
+            stage[step] = stage.get(step, 0) + 1
+        else:
+            link = link_to(chip, max(ranks, group) - 1)
         nbytes = int(trace.read_bytes[trace.read_ptr[op] : trace.read_ptr[op + 1]].sum())
         kernel = kernels.of_op[op]
-        kind = OP_KINDS[int(trace.kind[op])].name
         work["link"][kernel] += chip.cycles(transfer_seconds(link, kind, nbytes, ranks))
         work["steps"][kernel] += 1
         sent[kernel, chip.links.index(link)] += sent_bytes(kind, nbytes, ranks)
@@ -239,12 +245,37 @@ def link_to(chip: Chip, partners: int) -> Link:
     Raises:
         UnsupportedError: there is none.
     """
-    links = [link for link in chip.links if link.scope == "chip" and link.topology != "host"]
-    for link in links:
+    for link in _links(chip):
         if link.peers is None or link.peers >= partners:
             return link
+    raise _no_link(chip, partners)
+
+
+def stage_link(chip: Chip, stage_chips: int, stage: int) -> Link:
+    """The first link off the chip from pipeline stage ``stage`` (0, 1, ...) to the next, of ``stage_chips`` each.
+
+    A link to ``peers`` others joins nodes of one chip more; nodes are filled with whole stages, one after another.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    for link in _links(chip):
+        if link.peers is None:
+            return link
+        per_node = (link.peers + 1) // stage_chips
+        if per_node and (stage + 1) % per_node:
+            return link
+    raise _no_link(chip, (stage + 2) * stage_chips - 1)
+
+
+def _links(chip: Chip) -> list[Link]:
+    return [link for link in chip.links if link.scope == "chip" and link.topology != "host"]
+
+
+def _no_link(chip: Chip, partners: int) -> UnsupportedError:
+    links = _links(chip)
     have = f"links to {max(link.peers or 0 for link in links)} others at most" if links else "no link to others"
-    raise UnsupportedError(f"{chip.name}: the workload needs links to {partners} other chips and the file has {have}")
+    return UnsupportedError(f"{chip.name}: the workload needs links to {partners} other chips and the file has {have}")
 
 
 def transfer_seconds(link: Link, kind: str, nbytes: int, ranks: int) -> float:

@@ -197,11 +197,11 @@ class Decoder:
         )  # fmt: skip
 
     def emit_send(self, s: Segment, sent: Read, received: Write) -> None:
-        """P3: the residual stream moves to the chips of the next stage."""
+        """P3: the residual stream moves from a stage of ``kv_heads`` chips to those of the next."""
         rows = self.batch * s.run.tokens
         s.op(
             "stage_send", reads=[sent], writes=[received], dtype=self.dtype, m=rows * self.model.d_model, n=1, heads=2,
-            kv_heads=self.parallel.chips,
+            kv_heads=self.parallel.tp * self.parallel.cp,
         )  # fmt: skip
 
     def emit_layer(self, s: Segment, other: OtherMlp | None, *, sends: bool = False) -> None:
