@@ -10,7 +10,9 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, cast
 
 from ttt_sim.intervals import ANY_OP
-from ttt_sim.model import MethodSettings, Model, TTTSettings
+from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, TTTSettings
+from ttt_sim.system import microbatches_of
+from ttt_sim.units import ceil_div
 from ttt_sim.workload import closed_forms, state_per_sequence
 
 if TYPE_CHECKING:
@@ -136,12 +138,14 @@ def crossover_table(
     *,
     dtype: str,
     prefill: PrefillRecord,
+    parallel: Parallel = ONE_CHIP,
 ) -> pd.DataFrame:
     """Crossings of every TTT method and the windowed cache with full attention, beside the closed forms.
 
     State crossings are exact. The others are linear between simulated contexts: ``records`` of the grid and, for
-    prefill, points that ``prefill`` simulates at whole chunks until neighbours are one chunk apart. Decode costs are
-    affine in the context, so there the grid suffices.
+    prefill, points that ``prefill`` simulates at whole chunks (on every chip that shares a prompt) until neighbours are
+    one chunk apart. Decode costs are affine in the context, so there the grid suffices. ``parallel``: the system that
+    all records are of.
     """
     import pandas as pd
 
@@ -152,14 +156,14 @@ def crossover_table(
     for name, method in methods.items():
         if name == BASELINE:
             continue
-        rows += _state_rows(model, name, method, baseline, dtype)
+        rows += _state_rows(model, name, method, baseline, dtype, parallel)
         if method.ttt is not None and method.kv.window_tokens is not None:
-            rows += _curve_rows(model, name, method, method.ttt, baseline, records, prefill)
+            rows += _curve_rows(model, name, method, method.ttt, baseline, records, prefill, parallel)
     return pd.DataFrame(rows, columns=list(CROSSOVER_COLUMNS))
 
 
 def _state_rows(
-    model: Model, name: str, method: MethodSettings, baseline: MethodSettings, dtype: str
+    model: Model, name: str, method: MethodSettings, baseline: MethodSettings, dtype: str, parallel: Parallel
 ) -> list[dict[str, object]]:
     base = {"method": name, "baseline": BASELINE, "batch": None}
     rows: list[dict[str, object]] = []
@@ -182,7 +186,8 @@ def _state_rows(
                 model, method.ttt, window, dtype=dtype, kv_dtype=baseline.kv.dtype
             )
             row |= {"closed_form_tokens": float(closed), "closed_form": "w + (Phi + carry) / kappa"}
-        row["remark"] = "all state of a sequence, open chunk one token short of full"
+        copies = "" if parallel.chips == 1 else "; what several chips have copies of counts once"
+        row["remark"] = f"all state of a sequence, open chunk one token short of full{copies}"
     elif crossing is None:
         row["remark"] = "never smaller: the drop-in form keeps its whole KV cache and adds fast weights"
     elif window is not None and method.ttt is None:
@@ -204,6 +209,7 @@ def _curve_rows(
     baseline: MethodSettings,
     records: pd.DataFrame,
     prefill: PrefillRecord,
+    parallel: Parallel,
 ) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     fitting = records[records["fits"].astype(bool)].to_dict("records")
@@ -223,7 +229,7 @@ def _curve_rows(
             lead = {c: _per_token(theirs[c], field) - _per_token(mine[c], field) for c in contexts}
             found = interpolated_crossing(lead)
             if phase == "prefill" and found.between is not None:
-                _refine(lead, found.between, ttt.chunk_tokens, field, name, batch, prefill)
+                _refine(lead, found.between, parallel.cp * ttt.chunk_tokens, field, name, batch, prefill)
                 found = interpolated_crossing(lead)
             row: dict[str, object] = {
                 "quantity": quantity, "method": name, "baseline": BASELINE, "batch": batch,
@@ -234,7 +240,7 @@ def _curve_rows(
             }  # fmt: skip
             if field == "seconds_per_token":
                 row |= _band(lead, mine)
-            row |= _closed_curve(quantity, model, method, ttt, baseline, batch, found, mine, theirs)
+            row |= _closed_curve(quantity, model, method, ttt, baseline, batch, found, mine, theirs, parallel)
             rows.append(row)
     return rows
 
@@ -295,40 +301,47 @@ def _where(found: Interpolated, contexts: Sequence[int]) -> str:
 
 def _closed_curve(
     quantity: str, model: Model, method: MethodSettings, ttt: TTTSettings, baseline: MethodSettings, batch: int,
-    found: Interpolated, mine: Mapping[int, Record], theirs: Mapping[int, Record],
+    found: Interpolated, mine: Mapping[int, Record], theirs: Mapping[int, Record], parallel: Parallel,
 ) -> dict[str, object]:  # fmt: skip
     """The closed form that bears on a quantity, and an account of the difference."""
     window = method.kv.window_tokens
     assert window is not None
+    parts, copies = microbatches_of(batch, parallel), closed_forms.kv_copies(model, parallel)
+    together = ceil_div(batch, parts)
     if quantity.startswith("decode"):
-        closed = closed_forms.traffic_crossover(model, ttt, window, batch, baseline.kv.dtype)
-        formula = "w + (1 - 1/B) Phi / kappa"
+        closed = closed_forms.traffic_crossover(model, ttt, window, together, baseline.kv.dtype, parallel)
+        formula = _traffic_formula(None if parts == 1 else together, parallel.cp, copies)
     else:
-        closed = closed_forms.flop_crossover(model, ttt, window)
-        formula = "2w + s d (d + f) / (L H h)"
+        closed = closed_forms.flop_crossover(model, ttt, window, parallel)
+        formula = _flop_formula(model, ttt, parallel)
     out: dict[str, object] = {"closed_form_tokens": float(closed), "closed_form": formula}
     if found.between is None or found.tokens is None:
         return out
     where = f"linear between {found.between[0]} and {found.between[1]} tokens"
     if quantity == "decode traffic":
         at = next(context for context in sorted(mine) if context >= found.tokens)
-        kappa = float(closed_forms.kv_bytes_per_token(model, baseline.kv.dtype))
+        kappa = copies * float(closed_forms.kv_bytes_per_token(model, baseline.kv.dtype))
 
         def extra(*fields: str) -> float:
-            return sum(_number(mine[at], f) - _number(theirs[at], f) for f in fields) / (batch * kappa)
+            return sum(_number(mine[at], f) - _number(theirs[at], f) for f in fields) / (parts * together * kappa)
 
         carry = extra("read_activations_bytes", "write_activations_bytes")
         update = extra("read_gradients_bytes", "write_gradients_bytes", "write_fast_weights_bytes")
         account = (
             "the closed form counts frozen weights, fast weights and KV of one plain step; the mean over a chunk has "
             f"half a chunk more cache ({-ttt.chunk_tokens / 2:+.0f} tokens), the open chunk's copies, rows recomputed "
-            f"at the boundary and activations ({carry:+.0f}), deltas and weight writes ({update:+.0f}), re-read "
-            "weights (the rest)"
+            f"at the boundary and activations{_everywhere(parallel)} ({carry:+.0f}), deltas and weight writes "
+            f"({update:+.0f}), re-read weights (the rest)"
         )
     elif quantity.startswith("decode"):
         account = (
-            "bytes alone would cross at the closed form; what the traffic crossover differs by, launches, computation, "
-            "the boundary step and (for energy) idle power move it"
+            "bytes alone would cross at the closed form; what the traffic crossover differs by, launches, computation"
+            f"{_transfers(parallel)}, the boundary step and (for energy) idle power move it"
+        )
+    elif quantity == "prefill FLOPs" and parallel.cp > 1:
+        account = (
+            "the closed form counts every chip as the last, whose tokens see all before them, and leaves out "
+            "convolutions of targets"
         )
     elif quantity == "prefill FLOPs":
         account = (
@@ -338,9 +351,37 @@ def _closed_curve(
     else:
         account = (
             "FLOPs alone would cross at the closed form for a long prompt; what the FLOP crossover differs by, bytes "
-            "and launches of updates and (for energy) idle power move it"
+            f"and launches of updates{_transfers(parallel)} and (for energy) idle power move it"
         )
     return out | {"remark": f"{account}; {where}"}
+
+
+def _traffic_formula(together: int | None, cp: int, copies: int) -> str:
+    """The decode closed form; ``together``: sequences of one of several microbatches."""
+    phi = f"{cp} Phi" if cp > 1 else "Phi"
+    kappa = f"({copies} kappa)" if copies > 1 else "kappa"
+    return f"w + (1 - 1/{together or 'B'}) {phi} / {kappa}"
+
+
+def _flop_formula(model: Model, ttt: TTTSettings, parallel: Parallel) -> str:
+    tp, cp = parallel.tp, parallel.cp
+    if not ttt.projection:
+        width = "f"
+    elif closed_forms.outer_comes_first(ttt, Fraction(model.d_ff, tp)):
+        width = "(d f / C + f)"
+    else:
+        width = f"({tp} d + f)" if tp > 1 else "(d + f)"
+    whole = f"2w + s d {width} / (L H h)"
+    return whole if cp == 1 else f"{cp}/{2 * cp - 1} ({whole})"
+
+
+def _everywhere(parallel: Parallel) -> str:
+    """Which chips the traffic is that of, where there are several."""
+    return "" if parallel.chips == 1 else f" of all {parallel.chips} chips"
+
+
+def _transfers(parallel: Parallel) -> str:
+    return "" if parallel.chips == 1 else ", transfers between chips"
 
 
 def _short_prompt(closed: Fraction, window_tokens: int) -> float:

@@ -191,6 +191,7 @@ def run_experiment(
             records,
             dtype=experiment.dtype,
             prefill=prefill,
+            parallel=experiment.parallel,
         ),
         roofline=gather("roofline"),
         critical_path=gather("critical_path"),

@@ -15,6 +15,9 @@ from ttt_sim.crossover import (
     CROSSOVER_COLUMNS,
     Crossing,
     _band,
+    _flop_formula,
+    _short_prompt,
+    _traffic_formula,
     crossover_table,
     exact_crossing,
     fast_weight_crossing,
@@ -22,9 +25,9 @@ from ttt_sim.crossover import (
     state_crossing,
 )
 from ttt_sim.intervals import ANY_OP
-from ttt_sim.model import TTTSettings
+from ttt_sim.model import Parallel, Scenario, TTTSettings
 from ttt_sim.model_config import load_model
-from ttt_sim.workload import METHODS
+from ttt_sim.workload import METHODS, build_trace, closed_forms
 
 
 class Numbers(NamedTuple):
@@ -324,23 +327,94 @@ def test_a_table_needs_full_attention():
     assert (len(frame), tuple(frame.columns)) == (0, CROSSOVER_COLUMNS)
 
 
-@pytest.mark.parametrize("batch", [4, 8])
-def test_the_account_of_traffic_adds_up(batch):
+@pytest.mark.parametrize(
+    ("parallel", "factor", "flops", "words"),
+    [
+        # s d (d + f) / (L H h): 6 layers of 36, 32 heads of 128
+        (Parallel(), 1, 2048 + 6 * 2560 * (2560 + 9728) / 147456, ("Phi / kappa", "2w + s d (d + f) / (L H h)")),
+        (
+            Parallel(tp=4), 1, 2048 + 6 * 2560 * (4 * 2560 + 9728) / 147456,
+            ("Phi / kappa", "2w + s d (4 d + f) / (L H h)"),
+        ),
+        # a chunk of 1024 is longer than 608 columns: 2560 x 9728 multiply-adds of the projection for 1024 tokens; eight
+        # KV heads are there twice
+        (
+            Parallel(tp=16), 1 / 2, 2048 + 6 * 2560 * (2560 * 9728 / 1024 + 9728) / 147456,
+            ("Phi / (2 kappa)", "2w + s d (d f / C + f) / (L H h)"),
+        ),
+        # three quarters of the pairs instead of half; two copies of the fast weights
+        (
+            Parallel(cp=2), 2, (2048 + 6 * 2560 * (2560 + 9728) / 147456) * 2 / 3,
+            ("2 Phi / kappa", "2/3 (2w + s d (d + f) / (L H h))"),
+        ),
+        (
+            Parallel(tp=2, cp=4), 4, (2048 + 6 * 2560 * (2 * 2560 + 9728) / 147456) * 4 / 7,
+            ("4 Phi / kappa", "4/7 (2w + s d (2 d + f) / (L H h))"),
+        ),
+    ],
+)  # fmt: skip
+def test_closed_forms_of_systems(parallel, factor, flops, words):
+    ttt = WINDOWED.ttt
+    assert ttt is not None
+    traffic = closed_forms.traffic_crossover(QWEN, ttt, WINDOW, 4, parallel=parallel)
+    assert float(traffic) == pytest.approx(1024 + factor * 3 / 4 * 6 * 2560 * 9728 * 2 / 147456)
+    closed = float(closed_forms.flop_crossover(QWEN, ttt, WINDOW, parallel))
+    assert closed == pytest.approx(flops)
+    copies = closed_forms.kv_copies(QWEN, parallel)
+    assert _traffic_formula(None, parallel.cp, copies) == f"w + (1 - 1/B) {words[0]}"
+    assert _traffic_formula(3, parallel.cp, copies) == f"w + (1 - 1/3) {words[0]}"
+    assert _flop_formula(QWEN, ttt, parallel) == words[1]
+    # and as the traces of one chip have it; what a context-parallel prompt saves is a line
+    expected = closed if parallel.cp > 1 else _short_prompt(Fraction(closed), WINDOW)
+    unit = parallel.cp * CHUNK
+    first = max(int(expected) // unit, 1) * unit
+    lead = []
+    for context in (first, first + unit):
+        scenario = Scenario.prefill(context, call_tokens=context, parallel=parallel)
+        kv, mine = (build_trace(QWEN, method, scenario).flops.sum() for method in (FULL, WINDOWED))
+        lead.append(float(kv - mine) / context)
+    assert first - unit * lead[0] / (lead[1] - lead[0]) == pytest.approx(expected, rel=4e-3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "parallel", "contexts"),
+    [
+        (4, Parallel(), (2048, 4096)),
+        (8, Parallel(), (2048, 4096)),
+        (8, Parallel(tp=16), (4608, 4864)),
+        (4, Parallel(cp=2), (4096, 5120)),
+        (6, Parallel(pp=2), (2048, 4096)),
+        (5, Parallel(pp=2), (2048, 4096)),
+    ],
+)
+def test_the_account_of_traffic_adds_up(batch, parallel, contexts):
     """Closed form, and each number that the remark names, against the simulated crossing, within four tokens."""
     records = [
-        simulate("h100", QWEN, method, phase="decode", context=context, batch=batch, window=WINDOW, chunk=CHUNK).record
+        simulate(
+            "h100", QWEN, method, phase="decode", context=context, batch=batch, window=WINDOW, chunk=CHUNK,
+            parallel=parallel,
+        ).record
         for method in METHODS_COMPARED
-        for context in (2048, 4096)
-    ]
-    table = crossover_table(QWEN, METHODS_COMPARED, pd.DataFrame(records), dtype="bf16", prefill=no_prefill)
+        for context in contexts
+    ]  # fmt: skip
+    table = crossover_table(
+        QWEN, METHODS_COMPARED, pd.DataFrame(records), dtype="bf16", prefill=no_prefill, parallel=parallel
+    )  # fmt: skip
     row = by_quantity(table)["decode traffic"]
-    # w + (1 - 1/B) * 2026.67
-    assert row["closed_form_tokens"] == pytest.approx(1024 + (1 - 1 / batch) * 6 * 2560 * 9728 * 2 / 147456)
+    # w + (1 - 1/B) * 2026.67; of two stages each serves half of the sequences at a time, with a place to spare of five
+    together = -(-batch // parallel.pp)
+    copies = parallel.cp / max(parallel.tp // 8, 1)
+    assert row["closed_form_tokens"] == pytest.approx(1024 + (1 - 1 / together) * copies * 6 * 2560 * 9728 * 2 / 147456)
+    assert ("of all" in row["remark"]) == (parallel.chips > 1)
+    of_time = by_quantity(table)["decode time"]["remark"]
+    assert ("transfers" in of_time) == (parallel.chips > 1 and "linear between" in of_time)
+    assert ("copies of counts once" in by_quantity(table)["state memory"]["remark"]) == (parallel.chips > 1)
     named = [int(number) for number in re.findall(r"\(([+-]\d+)(?: tokens)?\)", row["remark"])]
     # Half a chunk; copies of the open chunk: in and out 2 * 6 layers * 2560 * 2 bytes of some 511 rows, 213 tokens each
     # way, with rows computed again and activations on top; a delta and a write of 2027 tokens' bytes per 1024 steps.
     half_chunk, carry, update = named
     assert half_chunk == -512
-    assert 2 * 213 <= carry <= 2 * 220
-    assert 3 * 2 - 1 <= update <= 4 * 2
+    rows = copies * parallel.tp  # every chip of a tensor-parallel group keeps the open chunk
+    assert 2 * 212 * rows <= carry <= 2 * 220 * rows
+    assert (3 * 2 - 1) * copies <= update <= 4 * 2 * copies
     assert row["simulated_tokens"] - row["closed_form_tokens"] == pytest.approx(sum(named), abs=4)

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from ttt_sim.dtypes import DTYPE_BITS
-from ttt_sim.model import Model, TTTSettings, WeightWrite
+from ttt_sim.model import ONE_CHIP, Model, Parallel, TTTSettings, WeightWrite
 
 
 def element_bytes(dtype: str) -> Fraction:
@@ -57,17 +57,42 @@ def windowed_state_crossover(
     return window_tokens + held / kv_bytes_per_token(model, kv_dtype)
 
 
+def kv_copies(model: Model, parallel: Parallel) -> int:
+    """Chips of a tensor-parallel group that hold the same KV head."""
+    return max(parallel.tp // model.n_kv_heads, 1)
+
+
 def traffic_crossover(
-    model: Model, ttt: TTTSettings, window_tokens: int, batch: int, kv_dtype: str = "bf16"
+    model: Model,
+    ttt: TTTSettings,
+    window_tokens: int,
+    batch: int,
+    kv_dtype: str = "bf16",
+    parallel: Parallel = ONE_CHIP,
 ) -> Fraction:
-    """T_traffic(B) = w + (1 - 1/B) Phi / kappa: equal bytes of weights and KV per decode step."""
-    return window_tokens + (1 - Fraction(1, batch)) * state_crossover(model, ttt, kv_dtype)
+    """T_traffic(B) = w + (1 - 1/B) Phi / kappa: equal bytes of weights and KV per decode step of ``batch`` sequences.
+
+    All chips of a system together: cp of them read the same fast weights, :func:`kv_copies` the same keys.
+    """
+    copies = Fraction(parallel.cp, kv_copies(model, parallel))
+    return window_tokens + (1 - Fraction(1, batch)) * copies * state_crossover(model, ttt, kv_dtype)
 
 
-def flop_crossover(model: Model, ttt: TTTSettings, window_tokens: int) -> Fraction:
-    """T_flop = 2 w + s d (d + f) / (L H h): equal prefill FLOPs, for contexts much longer than the window."""
-    update = len(ttt.layers_of(model)) * model.d_model * (model.d_model + model.d_ff)
-    return 2 * window_tokens + Fraction(update, model.n_layers * model.n_heads * model.head_dim)
+def flop_crossover(model: Model, ttt: TTTSettings, window_tokens: int, parallel: Parallel = ONE_CHIP) -> Fraction:
+    """T_flop = 2 w + s d (d + f) / (L H h): equal prefill FLOPs, for contexts much longer than the window.
+
+    d f / C in place of d where the outer product comes first, 0 without projection. Of a system: tp d, since tp chips
+    project the same targets, and all of cp chips count as the last, whose tokens see all before them, (2 cp - 1) / cp
+    times the mean of full attention.
+    """
+    d, f = model.d_model, model.d_ff
+    projected = Fraction(0)
+    if ttt.projection:
+        outer = outer_comes_first(ttt, Fraction(f, parallel.tp))
+        projected = Fraction(d * f, ttt.chunk_tokens) if outer else Fraction(parallel.tp * d)
+    update = len(ttt.layers_of(model)) * d * (projected + f)
+    mean = window_tokens + update / (2 * model.n_layers * model.n_heads * model.head_dim)
+    return Fraction(2 * parallel.cp, 2 * parallel.cp - 1) * mean
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------
@@ -112,6 +137,11 @@ def attention_flops(model: Model, tokens: int, before: int = 0, window_tokens: i
     return 4 * model.n_heads * model.head_dim * model.n_layers * pairs
 
 
+def outer_comes_first(ttt: TTTSettings, columns: Fraction | int) -> bool:
+    """Whether a delta of that many hidden columns is projected after its outer product."""
+    return ttt.contraction == "outer_first" or (ttt.contraction == "auto" and ttt.chunk_tokens >= columns)
+
+
 def update_flops(model: Model, ttt: TTTSettings) -> int:
     """F_upd of one chunk, one layer, one sequence: 10 C d + 2 C d^2 + 2 C d f.
 
@@ -120,8 +150,7 @@ def update_flops(model: Model, ttt: TTTSettings) -> int:
     chunk, d, f = ttt.chunk_tokens, model.d_model, model.d_ff
     projection = 0
     if ttt.projection:
-        outer = ttt.contraction == "outer_first" or (ttt.contraction == "auto" and chunk >= f)
-        projection = 2 * d * d * (f if outer else chunk)
+        projection = 2 * d * d * (f if outer_comes_first(ttt, f) else chunk)
     return 10 * chunk * d + projection + 2 * chunk * d * f
 
 
