@@ -339,6 +339,23 @@ def test_state_memory_marks_the_crossover_and_counts_sequences(data):
     assert row["sequences_that_fit"].tolist() == [21]
 
 
+def test_a_system_has_the_memory_of_its_chips_and_copies_of_what_they_share():
+    provenance = {"model": "Toy", "dtype": "bf16", "parallel": {"tp": 2, "pp": 1, "cp": 2}}
+    data = make_data(provenance=provenance)
+    state = data.state.assign(carry_bytes=np.where(data.state["fast_weight_bytes"] > 0, CARRY, 0))
+    drawn = draw("state_memory", replace(data, state=state))
+    fit = drawn.table[drawn.table["context_tokens"] == 4096].set_index("method")["sequences_that_fit"]
+    # 4 x 100 MB, weights twice: 380 MB. One copy of 4,096 x 1,000 B; two of 2 MB of fast weights, four of 1 MB of carry
+    assert fit["kv"] == 380_000_000 // 4_096_000 == 92
+    assert fit["ttt"] == 380_000_000 // (4_096_000 + 2 * FAST + 4 * CARRY) == 31
+    assert "in 381.5 MiB of ram of 4 chips, spread evenly" in " ".join(" ".join(texts(drawn.figure)).split())
+    assert draw("traffic", data).title == "What moves between RAM and the chips, by class"
+    cost = draw("decode_cost", data)
+    assert cost.title == "Cost of output tokens at the chips' hourly price"
+    assert "does not fit 4 chips" in texts(cost.figure)
+    assert answers(data)[0].startswith("System: 4 chips (2 tensor-parallel, 2 context-parallel).")
+
+
 def test_points_that_do_not_fit_are_hatched_and_say_how_many_chips(data):
     from matplotlib.patches import Rectangle
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from ttt_sim.chip import Chip
+from ttt_sim.model import ONE_CHIP, Parallel
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -224,6 +225,19 @@ class ReportData:
     @property
     def model(self) -> str:
         return str(self.provenance.get("model", "model"))
+
+    @property
+    def parallel(self) -> Parallel:
+        """The system that all points are of."""
+        sizes = self.provenance.get("parallel")
+        if not isinstance(sizes, Mapping):
+            return ONE_CHIP
+        return Parallel(**{name: int(str(sizes[name])) for name in ("tp", "pp", "cp")})
+
+    @property
+    def chips_noun(self) -> str:
+        """What figures call what the points run on."""
+        return "chip" if self.parallel.chips == 1 else "chips"
 
     @property
     def methods(self) -> list[str]:

@@ -76,14 +76,20 @@ def state_memory(data: ReportData) -> Drawn:
     table = data.state.copy()
     notes = []
     if data.weight_bytes is not None:
-        free = max(data.machine.capacity_bytes - data.weight_bytes, 0)
-        table["sequences_that_fit"] = np.floor(free / np.maximum(numbers(table, "total_bytes"), 1))
+        # chips that share a context have the same weights, chips that share a layer the same open chunk
+        system = data.parallel
+        capacity, weights = system.chips * data.machine.capacity_bytes, system.cp * data.weight_bytes
+        copies = (system.cp - 1) * numbers(table, "fast_weight_bytes")
+        copies = copies + (system.tp * system.cp - 1) * numbers(table, "carry_bytes")
+        held = np.maximum(numbers(table, "total_bytes") + copies, 1)
+        table["sequences_that_fit"] = np.floor(max(capacity - weights, 0) / held)
+        spread = "" if system.chips == 1 else f" of {system.chips} chips, spread evenly"
         notes.append(
-            f"Right: sequences whose state fits beside the weights ({format_bytes(data.weight_bytes)}) in "
-            f"{format_bytes(data.machine.capacity_bytes)} of {data.machine.memory_name}; activations left out."
+            f"Right: sequences whose state fits beside the weights ({format_bytes(weights)}) in "
+            f"{format_bytes(capacity)} of {data.machine.memory_name}{spread}; activations left out."
         )
     crossings = _crossing_rows(data, "state memory")
-    title = "State that a sequence keeps on the chip"
+    title = f"State that a sequence keeps on the {data.chips_noun}"
     best = select(crossings, method="ttt_window", baseline="kv")
     if len(best):
         tokens = float(best["simulated_tokens"].iloc[0])
@@ -233,7 +239,7 @@ def _panels(
     if marked:
         handles.append(_crossing_handle("crossover (tokens)"))
     if most:
-        handles.append(does_not_fit_handle())
+        handles.append(does_not_fit_handle(data))
     top_legend(figure, handles)
     return Drawn(figure, table, title, caption)
 
@@ -296,6 +302,7 @@ def decode_cost(data: ReportData) -> Drawn:
     """Cost per million decoded tokens against context."""
     return _panels(
         data, phase="decode", column="cost_usd_per_million_tokens", unit="USD", ylabel="cost per million output tokens",
-        title="Cost of output tokens at the chip's hourly price", subtitle="decode, chip fully used by this batch",
-        caption="Hourly price of the chip times the time per token.", quantity=None,
+        title=f"Cost of output tokens at the {data.chips_noun}'{'s' if data.parallel.chips == 1 else ''} hourly price",
+        subtitle=f"decode, {data.chips_noun} fully used by this batch",
+        caption=f"Hourly price of the {data.chips_noun} times the time per token.", quantity=None,
     )  # fmt: skip

@@ -77,7 +77,7 @@ def traffic(data: ReportData) -> Drawn:
         "bytes_per_token",
     ]
     table = pd.DataFrame(rows, columns=columns)
-    title = f"What moves between {memory} and the chip, by class"
+    title = f"What moves between {memory} and the {data.chips_noun}, by class"
     caption = f"{memory} bytes per token by traffic class; solid is read, hatched is written."
     across = 2 if len(panels) > 1 else 1
     down = math.ceil(max(len(panels), 1) / across)
@@ -127,7 +127,7 @@ def traffic(data: ReportData) -> Drawn:
     ]
     handles.append(Patch(facecolor="#D5D9DD", edgecolor="white", hatch="//////", label="written"))
     if not table["fits"].astype(bool).all():
-        handles.append(does_not_fit_handle())
+        handles.append(does_not_fit_handle(data))
     top_legend(figure, handles)
     return Drawn(figure, table, title, caption)
 
@@ -158,6 +158,7 @@ def roofline(data: ReportData) -> Drawn:
     caption = (
         "Arithmetic intensity against the FLOP rate that each kind of kernel reached from start to finish; area "
         "is its share of the time. Solid: datasheet peaks; dashed: what long streams and full tiles sustain."
+        + ("" if data.parallel.chips == 1 else f" Of one of {data.parallel.chips} chips.")
     )
     table["share_frac"] = _shares(table)
     drawn = table[(table["flop_per_byte"] > 0) & (table["flops_per_s"] > 0) & (table["share_frac"] >= LEAST_SHARE)]

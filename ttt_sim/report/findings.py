@@ -87,16 +87,13 @@ def _throttled(data: ReportData) -> list[str]:
 
 def _system(data: ReportData) -> list[str]:
     """How many chips work together, if more than one."""
-    parallel = data.provenance.get("parallel")
-    if not isinstance(parallel, Mapping):
+    if data.parallel.chips == 1:
         return []
-    sizes = {name: int(str(parallel[name])) for name in ("tp", "pp", "cp")}
-    chips = sizes["tp"] * sizes["pp"] * sizes["cp"]
-    if chips == 1:
-        return []
-    ways = {"tp": "tensor-parallel", "pp": "pipeline stages", "cp": "context-parallel"}
-    how = ", ".join(f"{sizes[name]} {way}" for name, way in ways.items() if sizes[name] > 1)
-    return [f"System: {chips} chips ({how}). Times, energy and cost are those of all of them."]
+    sizes = {
+        "tensor-parallel": data.parallel.tp, "pipeline stages": data.parallel.pp, "context-parallel": data.parallel.cp
+    }  # fmt: skip
+    how = ", ".join(f"{size} {way}" for way, size in sizes.items() if size > 1)
+    return [f"System: {data.parallel.chips} chips ({how}). Times, energy and cost are those of all of them."]
 
 
 def _certainty(data: ReportData) -> list[str]:

@@ -24,7 +24,7 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("% faster", "time before divided by time after, minus one"),
     ("does not fit", "weights, state and activations exceed main memory; chips needed counts capacity only"),
     ("K, M", "1,024 and 1,024 x 1,024 tokens; KiB, MiB, GiB are binary, kB, MB, GB decimal"),
-    ("USD", "hourly price of the chip times the time used, nothing else"),
+    ("USD", "hourly price of the chips times the time, nothing else"),
 )
 
 

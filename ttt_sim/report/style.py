@@ -227,8 +227,10 @@ def method_handles(data: ReportData, methods: Iterable[str]) -> list[Line2D | Pa
     return handles
 
 
-def does_not_fit_handle() -> Patch:
-    return Patch(facecolor="none", edgecolor=MUTED, hatch="/////", linewidth=0.6, label="does not fit one chip")
+def does_not_fit_handle(data: ReportData) -> Patch:
+    chips = data.parallel.chips
+    label = f"does not fit {'one chip' if chips == 1 else f'{chips} chips'}"
+    return Patch(facecolor="none", edgecolor=MUTED, hatch="/////", linewidth=0.6, label=label)
 
 
 # --- axes -------------------------------------------------------------------------------------------------------------
