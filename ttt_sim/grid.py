@@ -98,6 +98,9 @@ def make_point(
         raise ConfigError(f"phase: method {method} has no phase {phase}; it has {', '.join(phases)}")
     tokens = _tokens("context", context)
     call = _tokens("call", call_tokens)
+    asked = any(value is not None for value in (chips, tp, pp, cp))
+    if parallel is not None and asked:
+        raise ConfigError("parallel: says how many chips there are, give either it or chips, tp, pp, cp")
     point = Point(
         chip=loaded,
         model=shape,
@@ -116,7 +119,7 @@ def make_point(
     )
     if parallel is not None:
         return point
-    if any(value is not None for value in (chips, tp, pp, cp)):
+    if asked:
         return replace(point, parallel=arrange(shape, chips=chips, tp=tp, pp=pp, cp=cp))
     if phase == "train":
         return point
@@ -181,6 +184,10 @@ def sweep(
     batch: int | Sequence[int] = 1,
     chunk: int | str | Sequence[int | str] | None = None,
     window: int | str | Sequence[int | str] | None = None,
+    chips: int | Sequence[int | None] | None = None,
+    tp: int | Sequence[int | None] | None = None,
+    pp: int | Sequence[int | None] | None = None,
+    cp: int | Sequence[int | None] | None = None,
     chip_parameters: Mapping[str, Sequence[str | float | int]] | None = None,
     workers: int | None = None,
     progress: bool = True,
@@ -190,10 +197,11 @@ def sweep(
 
     ``chip_parameters`` maps dotted paths of the chip file to values, for instance
     ``{"memories.hbm.read_bandwidth": ["3.35 TB/s", "4.8 TB/s"]}``; each becomes a column of that name. The chip must
-    then be a name or a path. Other options as for :func:`make_point`.
+    then be a name or a path. ``chips, tp, pp, cp`` arrange systems, each combination of them one; None leaves a number
+    open. Other options as for :func:`make_point`.
 
     Raises:
-        ConfigError: a name, a path or a value is wrong; nothing is simulated then.
+        ConfigError: a name, a path or a value is wrong, or a combination cannot be; nothing is simulated then.
     """
     import pandas as pd
 
@@ -205,15 +213,13 @@ def sweep(
     for values in product(*parameters.values()):
         overrides = dict(zip(parameters, values, strict=True))
         loaded = chip if isinstance(chip, Chip) else load_chip(chip, overrides=overrides)
-        for m, name, p, c, b, chunk_tokens, w in product(
-            _each(model), _each(method), _each(phase), _each(context), _each(batch), _each(chunk), _each(window)
-        ):
-            points.append(
-                make_point(
-                    loaded, m, name, phase=p, context=c, batch=b, chunk=chunk_tokens, window=w,
-                    **options,  # type: ignore[arg-type]
-                )
-            )  # fmt: skip
+        axes = {
+            "phase": phase, "context": context, "batch": batch, "chunk": chunk, "window": window, "chips": chips,
+            "tp": tp, "pp": pp, "cp": cp,
+        }  # fmt: skip
+        for m, name, *values_of in product(_each(model), _each(method), *map(_each, axes.values())):
+            at = dict(zip(axes, values_of, strict=True))
+            points.append(make_point(loaded, m, name, **at, **options))  # type: ignore[arg-type]
             columns.append(dict(overrides))
     records = run_all(
         record_of, points, workers=workers, batch=BATCH_POINTS, progress=progress_bar if progress else None

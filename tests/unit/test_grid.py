@@ -1,13 +1,16 @@
 """Names to points, points to records, grids to frames."""
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import pytest
 
 from ttt_sim import ConfigError, load_chip, load_model, load_ttt, make_point, simulate, sweep
+from ttt_sim.chip import Link
 from ttt_sim.grid import progress_bar, record_of
-from ttt_sim.simulation import PHASES, Point
+from ttt_sim.model import Parallel
+from ttt_sim.simulation import PHASES, Point, simulate_point
 
 
 def toy(method: str = "kv", **options: Any) -> Point:
@@ -141,6 +144,32 @@ def test_sweep_over_chip_parameters() -> None:
     assert frame["seconds"].nunique() == 4
 
 
+def test_sweep_over_systems() -> None:
+    """Every combination is the system that its numbers describe, simulated alone."""
+    wire = Link(name="wire", topology="switch", bytes_per_s=1e9, latency_s=1e-6)
+    chip = replace(load_chip("tiny_gpu"), links=(wire,))
+    frame = sweep(
+        chip, "toy", "ttt_window", phase=["prefill", "decode"], context=128, batch=2, window=64, ttt="toy", tp=[1, 2],
+        pp=[1, 3], cp=(1, 2), workers=1, progress=False,
+    )  # fmt: skip
+    systems = [Parallel(tp=tp, pp=pp, cp=cp) for tp in (1, 2) for pp in (1, 3) for cp in (1, 2)]
+    expected = [(phase, system) for phase in ("prefill", "decode") for system in systems]
+    assert len(frame) == len(expected)
+    for row, (phase, system) in zip(frame.to_dict("records"), expected, strict=True):
+        assert (row["phase"], row["tp"], row["pp"], row["cp"]) == (phase, system.tp, system.pp, system.cp)
+        assert row["fits"]
+        alone = simulate_point(
+            make_point(
+                chip, "toy", "ttt_window", phase=phase, context=128, batch=2, window=64, ttt="toy", parallel=system  # type: ignore[arg-type]
+            )
+        ).record  # fmt: skip
+        assert {name: row[name] for name in ("cycles", "energy_j", "chips", "microbatches")} == {
+            name: alone[name] for name in ("cycles", "energy_j", "chips", "microbatches")
+        }
+    numbers = sweep(chip, "toy", "kv", phase="decode", context=64, chips=[None, 1, 2, 4], workers=1, progress=False)
+    assert numbers["chips"].tolist() == [1, 1, 2, 4]
+
+
 def test_sweep_keeps_points_that_do_not_fit() -> None:
     """32 sequences of 131072 tokens at 512 bytes each: 2 GiB on a chip of 1 GiB."""
     frame = sweep("tiny_gpu", "toy", "kv", phase="decode", context="128k", batch=[1, 32], workers=1, progress=False)
@@ -156,6 +185,8 @@ def test_sweep_keeps_points_that_do_not_fit() -> None:
         ({"model": "toi"}, "did you mean toy"),
         ({"context": [70, 0]}, "context: 0"),
         ({"phase": "decod"}, "phase: 'decod'"),
+        ({"tp": [1, 3]}, "tp: 3 chips cannot share toy evenly"),
+        ({"tp": 2, "parallel": Parallel(tp=2)}, "parallel: says how many chips there are"),
         ({"chip_parameters": {"clok": ["1 GHz"]}}, "did you mean clock"),
     ],
 )
