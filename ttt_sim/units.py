@@ -101,10 +101,9 @@ class Quantity:
     dimension: Dimension
 
 
-def parse_quantity(text: str, *dimensions: Dimension, allow_base_number: bool = False) -> Quantity:
+def parse_quantity(text: str, *dimensions: Dimension) -> Quantity:
     """Read ``text`` as a quantity of one of ``dimensions``.
 
-    ``allow_base_number``: a plain number counts as base units of the first dimension (overrides on the command line).
     The conversion is exact and rounded once. Raises :class:`ConfigError` with what was expected: not a number, not
     finite, no unit, an unknown unit (nearest spelling), or the unit of another dimension.
     """
@@ -122,8 +121,6 @@ def parse_quantity(text: str, *dimensions: Dimension, allow_base_number: bool = 
         for dimension in dimensions:
             if not dimension.units:
                 return Quantity(value=float(exact), dimension=dimension)
-        if allow_base_number:
-            return Quantity(value=float(exact), dimension=dimensions[0])
         raise ConfigError(f"{text.strip()}: has no unit, expected {wanted} such as {example}")
     for dimension in dimensions:
         if unit in dimension.units:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from ttt_sim.chip import (
 )
 from ttt_sim.config.chip_rules import check_chip
 from ttt_sim.config.chip_schema import CHIP
-from ttt_sim.config.fields import OVERRIDE, Number, Reader, TileList
+from ttt_sim.config.fields import OVERRIDE, Field, Number, Reader, TileList
 from ttt_sim.config.groups import item_name
 from ttt_sim.config.yaml_reader import (
     Place,
@@ -70,8 +71,8 @@ def load_chip(
 
     ``chip``       built-in name, path of a YAML file, or either followed by ``:VARIANT``
     ``variant``    device name under ``variants:``
-    ``overrides``  dotted path (``memories.hbm.read_bandwidth``, list items by name) to a quantity or a number in base
-                   units; applied after the variant and checked as if they stood in the file
+    ``overrides``  dotted path (``memories.hbm.read_bandwidth``, list items by name) to a quantity as files write it, or
+                   to a number (no text) in base units; applied after the variant, with the same checks
 
     Raises :class:`ConfigError` with everything that is wrong, one line each.
     """
@@ -131,7 +132,8 @@ def build_chip(
         body = _mapping(_mapping(tree.entries["variants"]).entries[variant])
         for key, node in body.entries.items():
             tree = _set(tree, key, node, key, body.key_places[key], problems)
-    texts = {path: _text_of(value) for path, value in (overrides or {}).items()}
+    leaves = dict(CHIP.leaves(tree, ""))
+    texts = {path: _text_of(value, leaves.get(path)) for path, value in (overrides or {}).items()}
     for path, text in texts.items():
         tree = _override(tree, path, text, problems)
     problems.raise_if_any()
@@ -184,8 +186,13 @@ def _label(path: Path) -> str:
     return str(resolved.relative_to(here)) if resolved.is_relative_to(here) else str(path)
 
 
-def _text_of(value: str | float | int) -> str:
-    return ("true" if value else "false") if isinstance(value, bool) else str(value).strip()
+def _text_of(value: str | float | int, leaf: Field | None) -> str:
+    """An override as a file would write it: a number for a quantity with a unit is in its base unit."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str) or not isinstance(leaf, Number) or not math.isfinite(value):
+        return str(value).strip()
+    return f"{value} {leaf.base_unit}".strip()
 
 
 def _override(tree: YamlMapping, path: str, text: str, problems: Problems) -> YamlMapping:

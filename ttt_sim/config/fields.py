@@ -112,9 +112,14 @@ class Number(Field):
             return False
         return True
 
-    def parse(self, text: str, *, allow_base_number: bool) -> Quantity:
+    @property
+    def base_unit(self) -> str:
+        """Unit of a number without one: none where a plain number is allowed, else the base of the first dimension."""
+        return "" if any(not dimension.units for dimension in self.dimensions) else self.dimensions[0].base
+
+    def parse(self, text: str) -> Quantity:
         """The quantity in ``text``; raises :class:`ConfigError` when it is malformed or out of range."""
-        quantity = parse_quantity(text, *self.dimensions, allow_base_number=allow_base_number)
+        quantity = parse_quantity(text, *self.dimensions)
         value = quantity.value
         if self.maximum is not None and not (
             self.minimum <= value <= self.maximum and (value > self.minimum or not self.positive)
@@ -169,7 +174,7 @@ def _read_sourced(number: Number, node: YamlMapping, path: str, reader: Reader) 
         at = node.entries["value"].place
         reader.places[path] = at
         try:
-            quantity = number.parse(text, allow_base_number=at.label == OVERRIDE)
+            quantity = number.parse(text)
         except ConfigError as error:
             reader.problems.add(at, path, str(error))
     source = _entry(node, "source", "a key of sources", path, reader)
