@@ -113,7 +113,7 @@ def parse_quantity(text: str, *dimensions: Dimension) -> Quantity:
     if match is None:
         if text.strip().lower().lstrip("+-.") in ("nan", "inf", "infinity"):
             raise ConfigError(f"{text.strip()}: must be a finite number, write for example {example}")
-        shown = repr(text.strip()) if text.strip() else "an empty value"
+        shown = repr(shorten(text)) if text.strip() else "an empty value"
         raise ConfigError(f"{shown} is not {wanted}, write for example {example}")
     number, unit = match.group(1), match.group(2)
     exact = _exact(number)
@@ -121,11 +121,11 @@ def parse_quantity(text: str, *dimensions: Dimension) -> Quantity:
         for dimension in dimensions:
             if not dimension.units:
                 return Quantity(value=float(exact), dimension=dimension)
-        raise ConfigError(f"{text.strip()}: has no unit, expected {wanted} such as {example}")
+        raise ConfigError(f"{shorten(text)}: has no unit, expected {wanted} such as {example}")
     for dimension in dimensions:
         if unit in dimension.units:
             return Quantity(value=float(exact * dimension.units[unit]), dimension=dimension)
-    raise ConfigError(f"{text.strip()}: {_wrong_unit(number, unit, dimensions)}")
+    raise ConfigError(f"{shorten(text)}: {_wrong_unit(number, unit, dimensions)}")
 
 
 def _exact(number: str) -> Fraction:
@@ -134,7 +134,8 @@ def _exact(number: str) -> Fraction:
     except InvalidOperation:  # an exponent beyond what decimals can hold
         decimal = Decimal(10) ** (2 * _LARGEST_EXPONENT)
     if decimal and abs(decimal.adjusted()) > _LARGEST_EXPONENT:
-        raise ConfigError(f"{number}: must be between 1e-{_LARGEST_EXPONENT} and 1e{_LARGEST_EXPONENT} in size")
+        limits = f"between 1e-{_LARGEST_EXPONENT} and 1e{_LARGEST_EXPONENT}"
+        raise ConfigError(f"{shorten(number)}: must be {limits} in size")
     return Fraction(decimal)
 
 
@@ -152,8 +153,8 @@ def _wrong_unit(number: str, unit: str, dimensions: tuple[Dimension, ...]) -> st
     in_bits = unit.replace("b/s", "bit/s")  # network data sheets write Gb/s for gigabits
     near = list(dict.fromkeys([s for s in spellings if s == in_bits] + nearest(unit, spellings)))
     if near:
-        return f"unknown unit {unit!r}, did you mean {' or '.join(near)}?"
-    return f"unknown unit {unit!r}, expected {wanted} in {', '.join(spellings)}"
+        return f"unknown unit {shorten(unit)!r}, did you mean {' or '.join(near)}?"
+    return f"unknown unit {shorten(unit)!r}, expected {wanted} in {', '.join(spellings)}"
 
 
 def parse_tokens(text: str) -> int:
@@ -162,6 +163,12 @@ def parse_tokens(text: str) -> int:
     if match is None or int(match.group(1)) == 0:
         raise ConfigError(f"{text!r} is not a number of tokens: write 131072, 128k (k = 1024) or 1M (M = 1024 x 1024)")
     return int(match.group(1)) * {"": 1, "k": 1024, "K": 1024, "M": 1024 * 1024}[match.group(2)]
+
+
+def shorten(text: str, longest: int = 24) -> str:
+    """Text of a file for a message, which may be of no file that is meant: one line, cut where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
 
 def ceil_div(numerator: int, denominator: int) -> int:

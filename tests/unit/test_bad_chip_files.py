@@ -339,3 +339,39 @@ def test_damaged_files_load_or_are_refused_but_never_crash(tmp_path: Path, data:
 
 def test_byte_order_mark_and_windows_lines_are_fine(tmp_path: Path) -> None:
     load(tmp_path, b"\xef\xbb\xbf" + good().replace("\n", "\r\n").encode())
+
+
+SECRET = "a line of words that is nobody's business but its own"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SECRET,  # plain text is one long YAML scalar
+        f"- {SECRET}\n- {SECRET}",
+        f"{SECRET}: 1\nname: {SECRET}",
+        f"clock: {SECRET}\n{SECRET}: {SECRET}\nkind: {SECRET}\ncores: {{value: {SECRET}, source: {SECRET}}}",
+        f"clock: {{value: 7 {SECRET.replace(' ', '_')}, source: x, certainty: {SECRET}}}",
+        f"cores: *{SECRET.replace(' ', '_')}",
+        f"cores: !{SECRET.replace(' ', '_')} 1",
+        f"{SECRET}: 1\n{SECRET}: 2",
+    ],
+)
+def test_messages_hold_little_of_a_file_that_is_none_of_ours(tmp_path, content):
+    path = tmp_path / "foreign.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_chip(path)
+    assert str(path) in str(caught.value)
+    told = str(caught.value).replace("_", " ")
+    assert not any(SECRET[i : i + 28] in told for i in range(len(SECRET) - 28))
+
+
+def test_a_file_of_another_kind_is_said_to_be_one(tmp_path):
+    path = tmp_path / "compose.yaml"
+    path.write_text("# services\nname: web\nservices: {one: {image: x}}\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_chip(path)
+    assert str(caught.value) == (
+        f"{path}:2: is not a chip file, it has none of the keys execution, clock, cores, compute, memories"
+    )

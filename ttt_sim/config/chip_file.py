@@ -42,6 +42,8 @@ from ttt_sim.errors import ConfigError
 FOLDER = "hw_configs"
 _SUFFIXES = (".yaml", ".yml")
 _NOT_SETTABLE = ("name",)
+#: A file with none of these is one of another kind.
+_TELLING_KEYS = ("execution", "clock", "cores", "compute", "memories")
 Values = dict[str, Any]
 
 
@@ -90,6 +92,8 @@ def read_chip_file(chip: str | Path, content: bytes | None = None) -> ChipFile:
     path = _resolve(chip) if content is None else Path(chip)
     label = _label(path)
     tree, raw = read_yaml(path, label, content)
+    if not tree.entries.keys() & set(_TELLING_KEYS):
+        raise ConfigError(f"{tree.place}: is not a chip file, it has none of the keys {', '.join(_TELLING_KEYS)}")
     problems = Problems()
     values, reader = _read(tree, problems)
     used = set(reader.used_sources)

@@ -15,7 +15,7 @@ from ttt_sim.chip import Certainty, Provenance
 from ttt_sim.config.yaml_reader import Place, Problems, YamlList, YamlMapping, YamlNode, YamlScalar, describe
 from ttt_sim.data_files import did_you_mean
 from ttt_sim.errors import ConfigError
-from ttt_sim.units import NUMBER_PATTERN, Dimension, Quantity, parse_quantity
+from ttt_sim.units import NUMBER_PATTERN, Dimension, Quantity, parse_quantity, shorten
 
 CERTAINTIES: tuple[str, ...] = get_args(Certainty)
 CALIBRATION_KEYS = ("data", "rows", "error", "date")
@@ -95,7 +95,7 @@ class Number(Field):
 
     def read(self, node: YamlNode, path: str, reader: Reader) -> float | int | None:
         if isinstance(node, YamlScalar):
-            shown = f"{node.text}: " if node.text else ""
+            shown = f"{shorten(node.text)}: " if node.text else ""
             value = node.text if self._parses(node.text) else self.dimensions[0].example
             form = self.expected.replace(self.dimensions[0].example, value, 1)
             reader.problems.add(node.place, path, f"{shown}every number needs its source, write {form}")
@@ -125,13 +125,13 @@ class Number(Field):
             self.minimum <= value <= self.maximum and (value > self.minimum or not self.positive)
         ):
             opening = "(" if self.positive else "["
-            raise ConfigError(f"{text}: must be in {opening}{self.minimum:g}, {self.maximum:g}]")
+            raise ConfigError(f"{shorten(text)}: must be in {opening}{self.minimum:g}, {self.maximum:g}]")
         if value < self.minimum or (self.positive and value == self.minimum):
             bound = f"greater than {self.minimum:g}" if self.positive else f"at least {self.minimum:g}"
-            raise ConfigError(f"{text}: must be {bound}")
+            raise ConfigError(f"{shorten(text)}: must be {bound}")
         if self.whole and value != int(value):
             of_what = f" of {quantity.dimension.base}" if quantity.dimension.base else ""
-            raise ConfigError(f"{text}: must be a whole number{of_what}")
+            raise ConfigError(f"{shorten(text)}: must be a whole number{of_what}")
         return quantity
 
     def json_schema(self) -> JsonSchema:
@@ -181,13 +181,14 @@ def _read_sourced(number: Number, node: YamlMapping, path: str, reader: Reader) 
     if source is not None and source != OVERRIDE and source not in reader.sources:
         hint = did_you_mean(source, list(reader.sources)) or f"; defined: {', '.join(reader.sources) or 'none'}"
         reader.problems.add(
-            node.entries["source"].place, f"{path}.source", f"{source!r} is not defined under sources{hint}"
+            node.entries["source"].place, f"{path}.source", f"{shorten(source)!r} is not defined under sources{hint}"
         )
         source = None
     certainty = _entry(node, "certainty", " or ".join(CERTAINTIES), path, reader)
     if certainty is not None and certainty not in CERTAINTIES:
         hint = did_you_mean(certainty, CERTAINTIES) or f", expected {', '.join(CERTAINTIES)}"
-        reader.problems.add(node.entries["certainty"].place, f"{path}.certainty", f"{certainty!r} is unknown{hint}")
+        unknown = f"{shorten(certainty)!r} is unknown{hint}"
+        reader.problems.add(node.entries["certainty"].place, f"{path}.certainty", unknown)
         certainty = None
     note = ""
     if "note" in node.entries:
@@ -244,7 +245,7 @@ class Text(Field):
         reader.places[path] = node.place
         text = reader.scalar(node, path, self.expected)
         if text is not None and re.fullmatch(self.pattern, text) is None:
-            reader.problems.add(node.place, path, f"{text!r}: must be {self.expected}")
+            reader.problems.add(node.place, path, f"{shorten(text)!r}: must be {self.expected}")
             return None
         return text
 
@@ -267,7 +268,7 @@ class Choice(Field):
         text = reader.scalar(node, path, self.expected)
         if text is not None and text not in self.options:
             hint = did_you_mean(text, self.options)
-            reader.problems.add(node.place, path, f"{text!r}: must be {self.expected}{hint}")
+            reader.problems.add(node.place, path, f"{shorten(text)!r}: must be {self.expected}{hint}")
             return None
         return text
 
@@ -287,7 +288,7 @@ class Flag(Field):
         reader.places[path] = node.place
         text = reader.scalar(node, path, self.expected)
         if text is not None and text not in ("true", "false"):
-            reader.problems.add(node.place, path, f"{text}: must be {self.expected}")
+            reader.problems.add(node.place, path, f"{shorten(text)}: must be {self.expected}")
             return None
         return None if text is None else text == "true"
 
@@ -310,7 +311,7 @@ class WholeNumber(Field):
             return None
         number = whole(text)
         if number is None:
-            reader.problems.add(node.place, path, f"{text}: must be {self.expected}")
+            reader.problems.add(node.place, path, f"{shorten(text)}: must be {self.expected}")
         return number
 
     def json_schema(self) -> JsonSchema:
@@ -381,4 +382,5 @@ def refuse_unknown_keys(node: YamlMapping, known: Sequence[str], path: str, read
     for key in node.entries:
         if key not in known:
             hint = did_you_mean(key, list(known)) or f", expected one of {', '.join(known)}"
-            reader.problems.add(node.key_places[key], f"{path}.{key}" if path else key, f"unknown key{hint}")
+            shown = shorten(key)
+            reader.problems.add(node.key_places[key], f"{path}.{shown}" if path else shown, f"unknown key{hint}")

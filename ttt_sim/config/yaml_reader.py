@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from ttt_sim.errors import ConfigError
+from ttt_sim.units import shorten
 
 #: libyaml where it is built in (ten times faster), the pure Python reader otherwise; both give the same tree.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -128,7 +129,7 @@ def parse_yaml(text: str, label: str, *, place: Place | None = None) -> YamlNode
                 problems.add(key_at, path, "a key must be plain text")
                 continue
             key = key_node.value
-            below = f"{path}.{key}" if path else key
+            below = f"{path}.{shorten(key)}" if path else shorten(key)
             if key_node.tag == "tag:yaml.org,2002:merge":
                 problems.add(key_at, path, "uses a YAML merge key (<<); write the values out")
                 continue
@@ -166,9 +167,11 @@ def _check_events(text: str, place_of: Callable[[Any], Place]) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=_LOADER):
         if isinstance(event, yaml.AliasEvent):
-            problems.add(place_of(event.start_mark), "", f"uses a YAML alias (*{event.anchor}); write the values out")
+            alias = f"uses a YAML alias (*{shorten(str(event.anchor))}); write the values out"
+            problems.add(place_of(event.start_mark), "", alias)
         elif isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag is not None:
-            problems.add(place_of(event.start_mark), "", f"uses the YAML tag {event.tag}; tags are not allowed")
+            tag = f"uses the YAML tag {shorten(event.tag)}; tags are not allowed"
+            problems.add(place_of(event.start_mark), "", tag)
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -182,7 +185,7 @@ def _check_events(text: str, place_of: Callable[[Any], Place]) -> None:
 def describe(node: YamlNode) -> str:
     """What a node is, for messages."""
     if isinstance(node, YamlScalar):
-        return f"the text {node.text!r}" if node.text else "nothing"
+        return f"the text {shorten(node.text)!r}" if node.text else "nothing"
     if isinstance(node, YamlList):
         return f"a list of {len(node.items)}" if node.items else "an empty list"
     return "a mapping" if node.entries else "an empty mapping"
