@@ -9,7 +9,7 @@ from ttt_sim.chip import Chip
 from ttt_sim.dtypes import DTYPES
 from ttt_sim.errors import ConservationError
 from ttt_sim.lower import Lowered
-from ttt_sim.lower.emit import units_of
+from ttt_sim.lower.emit import has_transfers, units_of
 from ttt_sim.lower.tiles import product_rate
 from ttt_sim.lower.traffic import CACHED, FUSED, IN_PLACE, MAIN, SHARED
 from ttt_sim.lower.work import LINK
@@ -82,7 +82,7 @@ def check(trace: Trace, chip: Chip, lowered: Lowered, timeline: Timeline) -> Non
         equal("bytes read of spilled tensors", far_read - again, int(lowered.traffic.read_far_bytes.sum()))
         equal("bytes written of spilled tensors", far_write, int(lowered.traffic.write_far_bytes.sum()))
     equal("FLOPs", int(program.flops.sum()), int(trace.flops.sum()))
-    on_link = np.isin(program.unit, units_of(chip, linked=bool(work.cycles[:, LINK].any())).level_unit[LINK])
+    on_link = np.isin(program.unit, units_of(chip, linked=has_transfers(lowered.kernels, work)).level_unit[LINK])
     sent = _link_bytes(trace)
     if any(link.topology == "host" for link in chip.links):
         sent += int(reupload_bytes(trace, chip, lowered.kernels.of_op, lowered.kernels.n).sum())

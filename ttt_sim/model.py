@@ -15,9 +15,10 @@ Convolution = Literal["symmetric", "causal"]
 #: recomputed;
 #: ``online``: the delta is accumulated token by token, two tokens late, no rows kept but those the convolution spans.
 Carry = Literal["official", "ring", "keep_z", "online"]
-#: What calls are for. ``infer``: new tokens for sequences that go on; ``train``: each call is a step of training on
-#: whole sequences, with a loss over all rows; ``index``: documents become an index to search.
-Task = Literal["infer", "train", "index"]
+#: What calls are for. ``infer``: new tokens for sequences that go on; ``ask``: a question about a context that was
+#: taken in; ``train``: each call is a step of training on whole sequences, with a loss over all rows; ``index``:
+#: documents become an index to search.
+Task = Literal["infer", "ask", "train", "index"]
 #: How a delta reaches the weight. ``official``: delta GEMM, scale and add are three ops; ``fused``: the GEMM
 #: accumulates into W;
 #: ``resident``: fused, W pinned on chip; ``master``: fused into an fp32 master with a 16-bit shadow for the apply;
@@ -208,7 +209,8 @@ class Scenario:
 
     ``parallel``: the calls run on several chips, and the trace is that of one of them, which does the most: of a
     context-parallel group the last, whose tokens see all others. A prompt of such a group is one call, at the position
-    of its first token.
+    of its first token. ``taken_tokens``: of the context that was taken in before the calls, where a method may hold
+    fewer of them; None for the position of the first call.
     """
 
     batch: int
@@ -216,6 +218,7 @@ class Scenario:
     calls: tuple[Call, ...]
     parallel: Parallel = ONE_CHIP
     task: Task = "infer"
+    taken_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -273,7 +276,7 @@ class Scenario:
     ) -> Scenario:
         """A question of ``tokens`` tokens after ``held_tokens``, with logits after its last token."""
         call = Call(position=held_tokens, tokens=tokens, logits=True)
-        return Scenario(batch=batch, dtype=dtype, calls=(call,), parallel=parallel)
+        return Scenario(batch=batch, dtype=dtype, calls=(call,), parallel=parallel, task="ask")
 
     @staticmethod
     def train(tokens: int, *, batch: int = 1, dtype: str = "bf16", parallel: Parallel = ONE_CHIP) -> Scenario:

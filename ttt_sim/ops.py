@@ -145,13 +145,15 @@ OP_KINDS: tuple[OpKind, ...] = (
     OpKind("grad_add", "B9", OpClass.VECTOR, "sum of gradients that meet"),
     OpKind("momentum_write", "B10", OpClass.VECTOR, "step of gradient descent with momentum"),
     OpKind("adam_write", "B11", OpClass.VECTOR, "step of Adam"),
+    OpKind("join_parts", "K1", OpClass.VECTOR, "outputs of attention over two parts of the keys become one"),
+    OpKind("kv_fetch", "K2", OpClass.COPY, "keys and values from behind the main memory, ahead of their use"),
 )
 #: Kinds that no method emits: ops of which latencies are published, simulated one by one.
 MEASURED_ALONE: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("M"))
 #: Kinds of a trace that is one chip's part of several: what only makes sense beside the parts of the others.
 BETWEEN_CHIPS: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("P"))
 #: Transfers that run beside the other work of a chip.
-BESIDE: tuple[str, ...] = ("kv_ring", "delta_scan")
+BESIDE: tuple[str, ...] = ("kv_ring", "delta_scan", "kv_fetch")
 KIND: Mapping[str, int] = {kind.name: code for code, kind in enumerate(OP_KINDS)}
 #: Products that an attention core is: scores and weighted sum; backward the scores again, and the gradients of weights,
 #: values, queries and keys.
@@ -244,7 +246,8 @@ Num = int | IntArray
 
 
 class LaneCost(NamedTuple):
-    """Cost of a row-wise op per element of its m x n rows, and per row. ``lanes`` includes the transcendentals."""
+    """Cost of a row-wise op per element of its m x n rows, and per row. ``lanes`` includes the transcendentals;
+    ``lanes_per_row`` does not."""
 
     lanes: int = 0
     exp: int = 0
@@ -252,6 +255,9 @@ class LaneCost(NamedTuple):
     rsqrt: int = 0
     rsqrt_per_row: int = 0
     flops: int = 0
+    lanes_per_row: int = 0
+    exp_per_row: int = 0
+    div_per_row: int = 0
 
 
 #: The cost rule of every kind of class VECTOR; matrix products and attention have one rule each, in :func:`op_cost`.
@@ -283,6 +289,8 @@ LANE_COST: Mapping[str, LaneCost] = {
     "grad_add": LaneCost(lanes=1),
     "momentum_write": LaneCost(lanes=4),
     "adam_write": LaneCost(lanes=12, rsqrt=1, div=1),
+    # Of each row the larger maximum, two differences and a sum; then two products and a sum per element.
+    "join_parts": LaneCost(lanes=3, lanes_per_row=4, exp_per_row=2, div_per_row=1),
 }
 #: Lane operations per visible pair and head, one of them an exponential.
 _PAIR_LANES: Mapping[str, int] = {"attention": 5, "attention_grad": 6}
@@ -315,10 +323,15 @@ def op_cost(
         return OpCost(0, extra_lanes, 0, 0, 0)
     if op_class == OpClass.SCAN:  # per token and state: k^T S, the outer product and q^T S
         return OpCost(6 * batch * heads * m * n * k, extra_lanes, 0, 0, 0)
-    rule, elements = LANE_COST[kind], batch * m * n
-    roots = rule.rsqrt_per_row * batch * m + rule.rsqrt * elements
-    lanes = rule.lanes * elements + rule.rsqrt_per_row * batch * m + extra_lanes
-    return OpCost(rule.flops * elements, lanes, rule.exp * elements, roots, rule.div * elements)
+    rule, rows, elements = LANE_COST[kind], batch * m, batch * m * n
+    per_row = rule.lanes_per_row + rule.rsqrt_per_row + rule.exp_per_row + rule.div_per_row
+    return OpCost(
+        rule.flops * elements,
+        rule.lanes * elements + per_row * rows + extra_lanes,
+        rule.exp * elements + rule.exp_per_row * rows,
+        rule.rsqrt * elements + rule.rsqrt_per_row * rows,
+        rule.div * elements + rule.div_per_row * rows,
+    )
 
 
 # --- columns that follow from others ----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from ttt_sim.engine import run
 from ttt_sim.errors import CapacityError, ConservationError, UnsupportedError, WorkloadError
 from ttt_sim.intervals import ANY_OP, interval
 from ttt_sim.lower import DEFAULT_DETAIL, find_mapper, lower
+from ttt_sim.lower.spill import with_host_memory
 from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, shard, stage_starts
 from ttt_sim.ops import KIND, IntArray, Trace, persistent_bytes, total_by
 from ttt_sim.power import throttled_seconds
@@ -59,6 +60,7 @@ def simulate_trace(
         ConfigError, CapacityError: the chip cannot run the trace.
         ConservationError: the simulation broke a law, or the engines differ.
     """
+    chip = with_host_memory(chip, trace)
     spilled = _excess(trace, chip, held_bytes, temporary=0)
     while True:
         lowered = lower(trace, chip, detail=detail, overlap=overlap, spill_bytes=spilled)
@@ -233,7 +235,7 @@ def _scenario(point: Point) -> tuple[Scenario, DecodePlan | None]:
     held = method.held_tokens(point.method, point.context_tokens)
     if point.phase == "ask":
         scenario = Scenario.ask(held, point.question_tokens, batch=batch, dtype=point.dtype, parallel=point.parallel)
-        return scenario, None
+        return replace(scenario, taken_tokens=point.context_tokens), None
     ttt = point.method.ttt
     plan = decode_plan(
         held,
@@ -242,7 +244,8 @@ def _scenario(point: Point) -> tuple[Scenario, DecodePlan | None]:
         window_tokens=point.method.kv.window_tokens,
         uneven_tokens=CONV_TAPS - 1 if ttt is not None and ttt.carry == "online" else 1,
     )
-    return Scenario.decode(plan.positions, batch=batch, dtype=point.dtype, parallel=point.parallel), plan
+    scenario = Scenario.decode(plan.positions, batch=batch, dtype=point.dtype, parallel=point.parallel)
+    return replace(scenario, taken_tokens=point.context_tokens), plan
 
 
 def held_bytes(point: Point, trace: Trace) -> list[int]:
@@ -280,12 +283,13 @@ def simulate_point(point: Point) -> PointResult:
     False and ``reason`` or ``missing`` that says why, not an error."""
     find_mapper(point.chip)  # before anything is found not to fit
     record = _identity(point)
-    capacity = point.chip.capacity_bytes
     try:
         scenario, plan = _scenario(point)
         trace = build_trace(point.model, point.method, scenario)
+        point = replace(point, chip=with_host_memory(point.chip, trace))
     except UnsupportedError as error:
         return PointResult(point=point, record=record | {"missing": str(error)})
+    capacity = point.chip.capacity_bytes
     held = held_bytes(point, trace)
     persistent = max(held)
     if persistent > capacity:
@@ -480,6 +484,7 @@ UNMEASURED_KINDS = (
     "delta_scale", "delta_sum", "delta_scan", "weight_write", "delta_write", "online_update", "fast_init",
     "loss", "loss_grad", "input_grad", "weight_grad", "attention_grad", "norm_grad", "rope_grad", "silu_mul_grad",
     "grad_add", "momentum_write", "adam_write",
+    "join_parts", "kv_fetch",
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,10 +12,11 @@ from ttt_sim.chip import Chip
 from ttt_sim.dtypes import tensor_bytes
 from ttt_sim.errors import ConfigError, UnsupportedError, WorkloadError
 from ttt_sim.lower.levels import link_to
+from ttt_sim.lower.spill import placed_far
 from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, shard, stage_starts
 from ttt_sim.ops import KIND, TEMPORARY_ROLES, IntArray, Role, Trace, total_by
 from ttt_sim.units import ceil_div
-from ttt_sim.workload import build_trace, state_per_sequence
+from ttt_sim.workload import build_trace, find_method, state_per_sequence
 
 #: Kinds outside the layers that run on the last stage; all others there run on the first.
 _LAST = ("final_norm", "lm_head", "allgather", "carry_append")
@@ -43,13 +44,15 @@ class Holdings:
         return [int(parts[a:b].sum()) + shared for a, b in pairwise(ends)]
 
 
-def holdings(trace: Trace, n_layers: int, *, pipelined: bool) -> Holdings:
-    """What the tensors of a trace that are there all the time take. ``pipelined``: the head has a table of its own."""
+def holdings(trace: Trace, n_layers: int, *, pipelined: bool, near: bool = False) -> Holdings:
+    """What the tensors of a trace that are there all the time take. ``pipelined``: the head has a table of its own;
+    ``near``: without those that the workload wants behind the main memory."""
     parts = np.zeros((2, n_layers + 2), dtype=np.int64)
     everywhere = np.zeros(2, dtype=np.int64)
     names = {tensor.name for tensor in trace.tensors}
+    far = set(placed_far(trace)) if near else set()
     for tensor in trace.tensors:
-        if tensor.role in TEMPORARY_ROLES:
+        if tensor.role in TEMPORARY_ROLES or tensor.name in far:
             continue
         kept = int(tensor.role != Role.WEIGHT)
         first, _, rest = tensor.name.partition(".")
@@ -101,31 +104,42 @@ def least_system(
     best: Parallel | None = None
     dtype = dtype or chip.default_dtype
     weights = tensor_bytes(model.parameters, dtype)
-    state = max(state_per_sequence(model, method, context_tokens, dtype=dtype).total_bytes for method in methods)
+    states = [state_per_sequence(model, method, context_tokens, dtype=dtype) for method in methods]
+    state = max(held.total_bytes - held.far_bytes for held in states)
+    shared = max(held.shared_bytes for held in states)
     updates = any(method.ttt is not None for method in methods)
     if (
-        weights + batch * (state + _room(chip, model, rows, updates, dtype))
+        weights + shared + batch * (state + _room(chip, model, rows, updates, dtype))
     ) * _ROUGH <= chip.main_memory.capacity_bytes:
         return ONE_CHIP
     for tp in tensor_parallel_sizes(model):
         if best is not None and tp > best.chips:
             break
-        scenario = Scenario.decode((max(context_tokens - 1, 0),), batch=batch, dtype=dtype, parallel=Parallel(tp=tp))
-        traces = [build_trace(model, method, scenario) for method in methods]
+        traces = [
+            build_trace(model, method, _last_step(method, context_tokens, batch, dtype, Parallel(tp=tp)))
+            for method in methods
+        ]
         part = shard(model, tp)
         pp = _least_stages(
             chip.main_memory.capacity_bytes,
             part,
             batch,
             _room(chip, part, rows, updates, dtype),
-            [holdings(trace, model.n_layers, pipelined=False) for trace in traces],
-            [holdings(trace, model.n_layers, pipelined=True) for trace in traces],
+            [holdings(trace, model.n_layers, pipelined=False, near=True) for trace in traces],
+            [holdings(trace, model.n_layers, pipelined=True, near=True) for trace in traces],
         )
         found = None if pp is None else Parallel(tp=tp, pp=pp)
         if found is not None and (best is None or (found.chips, -found.tp) < (best.chips, -best.tp)):
             best = found if _linked(chip, found.chips) else best
-    behind = chip.backing is not None and (weights + batch * state) * _ROUGH <= chip.capacity_bytes
+    behind = chip.backing is not None and (weights + shared + batch * state) * _ROUGH <= chip.capacity_bytes
     return ONE_CHIP if best is None and behind else best
+
+
+def _last_step(method: MethodSettings, context_tokens: int, batch: int, dtype: str, parallel: Parallel) -> Scenario:
+    """A step after which sequences hold what a method keeps of a context."""
+    held = find_method(method.name).held_tokens(method, context_tokens)
+    scenario = Scenario.decode((max(held - 1, 0),), batch=batch, dtype=dtype, parallel=parallel)
+    return replace(scenario, taken_tokens=context_tokens)
 
 
 def _room(chip: Chip, part: Model, rows: int, updates: bool, dtype: str) -> int:

@@ -47,7 +47,9 @@ def cases() -> dict[str, Point]:
                 points.append((point, ""))
 
     others = [other for name, other in METHODS.items() if name not in CONTEXT_METHODS]
-    for chip_name, other in product(OTHER_METHODS_ON, others):
+    for chip_name, other in product((*OTHER_METHODS_ON, "tiny_tiers"), others):
+        if (chip_name == "tiny_tiers") != ("a memory behind the main one" in other.needs):
+            continue
         for phase in other.phases:
             point = make_point(
                 chip_name, "toy", other.name, phase=phase, context=150, batch=2, window=64, ttt="toy", call_tokens=64,

@@ -19,7 +19,7 @@ from ttt_sim.ops import BETWEEN_CHIPS, KIND, OP_KINDS, OpClass, Trace, op_classe
 from ttt_sim.simulation import UNMEASURED_KINDS, rows_at_once, simulate_point, simulate_trace
 from ttt_sim.system import arrange, holdings, least_system, microbatches_of, period_cycles, pipeline_cycles
 from ttt_sim.trace_check import verify
-from ttt_sim.workload import METHODS, build_trace, closed_forms
+from ttt_sim.workload import CONTEXT_METHODS, METHODS, build_trace, closed_forms
 
 TOY, TTT = load_model("toy"), load_ttt("toy")
 CHUNK = TTT.chunk_tokens
@@ -397,7 +397,7 @@ def test_engines_agree_on_systems(method: str, parallel: Parallel, phase: str) -
 
 @pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.parametrize("parallel", [Parallel(cp=2), Parallel(cp=4), Parallel(tp=2, pp=2, cp=2)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CONTEXT_METHODS)
 def test_chips_keep_all_that_they_move(method: str, parallel: Parallel, decode: bool) -> None:
     """No op moves more of a tensor than it has: scales of received keys and a whole window included."""
     tokens, model = 8 * CHUNK, replace(TOY, vocab_size=64 * CHUNK)

@@ -10,7 +10,7 @@ from ttt_sim.errors import ConfigError
 from ttt_sim.lower import in_memory, static_dataflow, systolic, tile_wave
 from ttt_sim.lower.emit import emit
 from ttt_sim.lower.kernels import Kernels, form_kernels
-from ttt_sim.lower.spill import spill
+from ttt_sim.lower.spill import spill, with_host_memory
 from ttt_sim.lower.traffic import Traffic, resolve_traffic
 from ttt_sim.lower.work import KernelWork
 from ttt_sim.lower.writes import check_mode
@@ -76,6 +76,7 @@ def lower(
         raise ConfigError(f"detail is {detail}, expected at least {DEFAULT_DETAIL}")
     if spill_bytes and chip.backing is None:
         raise ConfigError(f"{chip.name}: has no backing memory to hold {spill_bytes} bytes")
+    chip = with_host_memory(chip, trace)
     mapper = find_mapper(chip)
     check_mode(trace, chip)
     kernels = form_kernels(trace, chip, dependencies(trace), overlap=overlap)

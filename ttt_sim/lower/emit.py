@@ -52,11 +52,16 @@ class Units:
     row_miss_cycles: IntArray
 
 
+def has_transfers(kernels: Kernels, work: KernelWork) -> bool:
+    """Whether something crosses links off the chip, or is moved beside other work."""
+    return bool(work.cycles[:, LINK].any() or (kernels.stream == TRANSFER_STREAM).any())
+
+
 def units_of(chip: Chip, *, linked: bool = False) -> Units:
     """Engine units: a front end per stream, channel groups of the main memory, the backing memory, the shared cache,
     compute units.
 
-    ``linked`` adds one for the links to other chips.
+    ``linked`` adds one for the links to other chips, and the stream of transfers.
     """
     main = chip.main_memory
     streams = STREAMS if linked else STREAMS[:TRANSFER_STREAM]
@@ -187,7 +192,7 @@ def emit(chip: Chip, kernels: Kernels, work: KernelWork, needs_main: BoolArray, 
 
     ``needs_main`` (n_kernels,): the kernel loads from main memory what another kernel made.
     """
-    units = units_of(chip, linked=bool(work.cycles[:, LINK].any()))
+    units = units_of(chip, linked=has_transfers(kernels, work))
     n = kernels.n
     groups, n_streams = len(units.level_unit[READ]), len(units.launch_unit)
     pieces, major, count = _pieces(work, groups, detail)

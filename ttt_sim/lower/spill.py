@@ -1,4 +1,5 @@
-"""What lies in the backing memory when the main memory is full, and which traffic moves there with it."""
+"""What lies in the backing memory, because the workload wants it there or the main memory is full, and which traffic
+moves there with it."""
 
 from __future__ import annotations
 
@@ -6,22 +7,64 @@ from dataclasses import replace
 
 import numpy as np
 
+from ttt_sim.chip import Chip, MemoryLevel
+from ttt_sim.errors import UnsupportedError
 from ttt_sim.lower.kernels import Kernels
 from ttt_sim.lower.traffic import MAIN, Traffic
 from ttt_sim.ops import TEMPORARY_ROLES, IntArray, Role, Trace, owners, total_by
 
 
+def placed_far(trace: Trace) -> tuple[str, ...]:
+    """Tensors that the workload wants behind the main memory."""
+    names = trace.meta.get("placed_far", ())
+    return tuple(str(name) for name in names) if isinstance(names, (list, tuple)) else ()
+
+
+def with_host_memory(chip: Chip, trace: Trace) -> Chip:
+    """``chip`` as it runs ``trace``: where tensors are to lie behind the main memory and no memory is there, that of
+    the host behind its link, as large as these need.
+
+    Raises:
+        UnsupportedError: there is no such link either.
+    """
+    names = set(placed_far(trace))
+    if not names or chip.backing is not None:
+        return chip
+    link = next((link for link in chip.links if link.topology == "host"), None)
+    if link is None:
+        raise UnsupportedError(
+            f"{chip.name}: the workload keeps tensors behind the main memory, and the file has neither a memory of "
+            "scope backing nor a link to the host"
+        )
+    host = MemoryLevel(
+        name=link.name, scope="backing",
+        capacity_bytes=sum(tensor.nbytes for tensor in trace.tensors if tensor.name in names),
+        read_bytes_per_s=link.bytes_per_s, write_bytes_per_s=link.bytes_per_s, shared_bus=False, channels=1,
+        channel_groups=1, banks_per_channel=1, interleave_bytes=1, row_bytes=1, row_miss_s=0.0,
+        latency_s=link.latency_s, read_to_write_s=0.0, write_to_read_s=0.0, achievable_frac=1.0,
+        read_energy_j_per_byte=link.energy_j_per_byte, write_energy_j_per_byte=link.energy_j_per_byte,
+        write_granularity_bytes=1, volatile=True, endurance_writes=None,
+    )  # fmt: skip
+    return replace(chip, memories=(host, *chip.memories))
+
+
 def spill(trace: Trace, kernels: Kernels, traffic: Traffic, nbytes: int) -> Traffic:
-    """``traffic`` with ``nbytes`` of the tensors that last in the backing memory (all of these if that is more).
+    """``traffic`` with ``nbytes`` of the tensors that last in the backing memory (all of these if that is more), and no
+    less than what the workload wants there.
 
     Each operand entry that reaches the main memory moves the spilled share of its bytes, rounded down, over the backing
     memory instead.
     """
-    if not nbytes:
+    wanted = set(placed_far(trace))
+    if not nbytes and not wanted:
         return traffic
     size = np.array([tensor.nbytes for tensor in trace.tensors], dtype=np.int64)
     spilled = np.zeros_like(size)
-    for tensor in coldest_first(trace, traffic):
+    order = coldest_first(trace, traffic)
+    if wanted:
+        order.sort(key=lambda tensor: trace.tensors[tensor].name not in wanted)
+        nbytes = max(nbytes, sum(tensor.nbytes for tensor in trace.tensors if tensor.name in wanted))
+    for tensor in order:
         spilled[tensor] = min(int(size[tensor]), nbytes)
         nbytes -= int(spilled[tensor])
 

@@ -292,13 +292,14 @@ def visible_keys(
     """First key, and the key after the last, that any row of each tile of one chain sees, (tiles,) each.
 
     A tile holds ``tile_rows`` rows, ``per_tile`` heads of a query side by side; ``m n`` pairs mean no mask, any fewer a
-    causal one with the window that gives that many, or among the rows alone, whatever came before.
+    causal one with the window that gives that many, or none where the rows are the last of ``n`` that are all seen,
+    whatever came before.
     """
     tiles = ceil_div(per_tile * m, tile_rows)
     if pairs == m * n:
         return np.zeros(tiles, dtype=np.int64), np.full(tiles, n, dtype=np.int64)
-    if n == m and pairs == m * (m + 1) // 2:
-        position = 0
+    if pairs == m * (n - m) + m * (m + 1) // 2:
+        position = n - m
     last_row = np.minimum(np.arange(1, tiles + 1, dtype=np.int64) * tile_rows, per_tile * m)
     last_query = (last_row - 1) // per_tile
     first_query = (np.arange(tiles, dtype=np.int64) * tile_rows) // per_tile

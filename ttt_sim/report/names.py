@@ -32,7 +32,7 @@ KERNEL_GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("update: delta", "#F4A582", ("target_conv", "target_proj", "delta_gemm", "outer_gemm", "outer_proj", "delta_norm",
                                   "delta_scale", "delta_sum", "online_update")),
     ("fast-weight apply", "#E69F00", ("fast_apply", "fast_init")),
-    ("attention core", "#2166AC", ("attention",)),
+    ("attention core", "#2166AC", ("attention", "join_parts", "kv_fetch")),
     ("attention projections", "#92C5DE", ("q_proj", "k_proj", "v_proj", "o_proj")),
     ("gate and up", "#1B7837", ("gate_proj", "up_proj")),
     ("down", "#A6DBA0", ("down_proj",)),

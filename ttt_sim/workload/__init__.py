@@ -12,6 +12,7 @@ from ttt_sim.workload.attention import check_kv
 from ttt_sim.workload.fine_tuning import FINE_TUNING
 from ttt_sim.workload.in_place_ttt import TTT, TTT_WINDOW
 from ttt_sim.workload.kv_cache import KV, KV_QUANT, KV_WINDOW
+from ttt_sim.workload.kv_forms import KV_OFFLOAD, KV_PAGED, KV_PREFIX
 from ttt_sim.workload.method import Method, State
 
 __all__ = ["CONTEXT_METHODS", "METHODS", "Method", "State", "build_trace", "find_method", "state_per_sequence"]
@@ -24,6 +25,9 @@ METHODS: Mapping[str, Method] = {
     "ttt": TTT,
     "ttt_window": TTT_WINDOW,
     "fine_tuning": FINE_TUNING,
+    "kv_paged": KV_PAGED,
+    "kv_prefix": KV_PREFIX,
+    "kv_offload": KV_OFFLOAD,
 }
 #: Those that ``run``, ``compare`` and ``sweep`` know: a KV cache and In-Place TTT, in their forms.
 CONTEXT_METHODS: tuple[str, ...] = ("kv", "kv_window", "kv_quant", "ttt", "ttt_window")

@@ -106,6 +106,19 @@ def declare_kv(builder: TraceBuilder, model: Model, kv: KVSettings, scenario: Sc
     )
 
 
+class Cache(Protocol):
+    """What stands in place of a cache of its own for every sequence."""
+
+    def declare(self, builder: TraceBuilder) -> None:
+        """Declare what is kept."""
+
+    def emit_ahead(self, s: Segment, batch: int) -> None:
+        """Ops before all others of the layer."""
+
+    def emit(self, s: Segment, batch: int, q: Read, k: Read, v: Read) -> None:
+        """F6 and F7 of ``batch`` sequences: store keys and values that are to be kept, write ``attn_core``."""
+
+
 class Project(Protocol):
     """Emits a product of rows with a weight: :meth:`ttt_sim.workload.transformer.Decoder.project`."""
 
@@ -114,11 +127,11 @@ class Project(Protocol):
 
 def emit_attention(
     s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, parallel: Parallel, project: Project, *,
-    cached: bool = True,
+    cached: bool = True, cache: Cache | None = None,
 ) -> None:  # fmt: skip
     """Ops F1 to F9, from ``layer_input`` to ``attended``, the residual stream in the middle of the layer.
 
-    ``cached`` False: the calls are whole sequences of which nothing is kept, as in training.
+    ``cached`` False: the calls are whole sequences of which nothing is kept, as in training. ``cache``: another one.
     """
     m, h = s.run.tokens, model.head_dim
     rows, d = batch * m, model.d_model
@@ -127,6 +140,8 @@ def emit_attention(
     def size(*shape: int) -> int:
         return int(n_bytes(int(np.prod(shape)), dtype))
 
+    if cache is not None:
+        cache.emit_ahead(s, batch)
     stream: Read = ("layer_input", size(rows, d))
     normed = s.buffer("attn_normed", (batch, m, d), dtype)
     s.op("attn_norm", reads=[stream, ("attn_norm.weight", size(d))], writes=[normed], dtype=dtype, m=rows, n=d)
@@ -157,20 +172,22 @@ def emit_attention(
     )  # fmt: skip
     if not cached:
         none, keys = np.zeros_like(s.run.positions), np.full_like(s.run.positions, m)
-        _core(s, model, kv, batch, dtype, rotated_q, keys, stored=none, fresh=(rotated_k, v))
+        emit_core(s, model, kv, batch, dtype, rotated_q, keys, stored=none, fresh=(rotated_k, v))
+    elif cache is not None:
+        cache.emit(s, batch, rotated_q, rotated_k, v)
     elif parallel.cp > 1 and m > 1:
         _shared_prompt(s, model, kv, batch, dtype, rotated_q, rotated_k, v, parallel)
     elif kv.window_tokens is None or m == 1:
         # One new row takes the slot of the token that leaves the window with it, so it may be stored before the core.
-        _append(s, model, kv, batch, dtype, rotated_k, v)
+        emit_append(s, model, kv, batch, dtype, rotated_k, v)
         keys = s.run.positions + m
         if kv.window_tokens is not None:
             keys = np.minimum(keys, kv.window_tokens)
         if parallel.cp == 1:
-            _core(s, model, kv, batch, dtype, rotated_q, keys, stored=keys, fresh=())
+            emit_core(s, model, kv, batch, dtype, rotated_q, keys, stored=keys, fresh=())
         else:  # every chip has its part of the keys, and the parts of the outputs are joined
             keys = -(-keys // parallel.cp)
-            _core(s, model, kv, batch, dtype, rotated_q, keys, stored=keys, fresh=(), pairs=keys)
+            emit_core(s, model, kv, batch, dtype, rotated_q, keys, stored=keys, fresh=(), pairs=keys)
             core: Write = ("attn_core", size(rows, q_width))
             s.op(
                 "allreduce", reads=[core], writes=[core], dtype=dtype, m=rows * q_width, n=1, heads=parallel.cp,
@@ -178,8 +195,8 @@ def emit_attention(
             )  # fmt: skip
     else:
         stored = np.minimum(s.run.positions, kv.window_tokens - 1)
-        _core(s, model, kv, batch, dtype, rotated_q, stored + m, stored=stored, fresh=(rotated_k, v))
-        _append(s, model, kv, batch, dtype, rotated_k, v)
+        emit_core(s, model, kv, batch, dtype, rotated_q, stored + m, stored=stored, fresh=(rotated_k, v))
+        emit_append(s, model, kv, batch, dtype, rotated_k, v)
     projected = s.buffer("attn_projected", (batch, m, d), dtype)
     project(s, "o_proj", [("attn_core", size(rows, q_width))], projected, n=d, k=q_width)
     if parallel.tp > 1:
@@ -223,33 +240,41 @@ def _shared_prompt(
         sizes = [min(m, halo - start) for start in range(0, halo, m)]  # rows of the chip before, and on
         reads: list[Read] = []
         if halo:
-            _append(s, model, kv, batch, dtype, k, v)
+            emit_append(s, model, kv, batch, dtype, k, v)
         for i, tokens in enumerate(sizes):
             name, size = step((reads[-1][0] if reads else "kv", batch * tokens * token_bytes), tokens)
             reads.append((name, size, len(sizes) - 1 - i))
         keys = np.full_like(s.run.positions, halo + m)
-        _core(s, model, kv, batch, dtype, q, keys, stored=keys - m, fresh=(*reads, *fresh), cached=())
+        emit_core(s, model, kv, batch, dtype, q, keys, stored=keys - m, fresh=(*reads, *fresh), cached=())
         if not halo:
-            _append(s, model, kv, batch, dtype, k, v)
+            emit_append(s, model, kv, batch, dtype, k, v)
         return
-    _append(s, model, kv, batch, dtype, k, v)
+    emit_append(s, model, kv, batch, dtype, k, v)
     keys = np.full_like(s.run.positions, m)
     received: Read = ("kv", own)
-    _core(s, model, kv, batch, dtype, q, keys, stored=keys, fresh=(), pairs=keys * (m + 1) // 2)
+    emit_core(s, model, kv, batch, dtype, q, keys, stored=keys, fresh=(), pairs=keys * (m + 1) // 2)
     for _ in range(ranks - 1):
         received = step(received, m)
-        _core(s, model, kv, batch, dtype, q, keys, stored=keys, fresh=(received, carried), cached=(), pairs=keys * m)
+        emit_core(
+            s, model, kv, batch, dtype, q, keys, stored=keys, fresh=(received, carried), cached=(), pairs=keys * m
+        )
 
 
-def _append(s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, k: Read, v: Read) -> None:
-    """F6: store the rows that are kept. The read of the cache costs nothing, it puts appends in order."""
+def emit_append(
+    s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, k: Read, v: Read, *, family: str = "kv",
+    also: tuple[Read, ...] = (),
+) -> None:  # fmt: skip
+    """F6: store the rows that are kept. The read of the cache costs nothing, it puts appends in order.
+
+    ``also``: what is read beside the rows.
+    """
     rows = batch * kept_tokens(kv, s.run.tokens)
     width = model.n_kv_heads * model.head_dim
     size = int(n_bytes(rows * width, dtype))
     s.op(
         "kv_append",
-        reads=[(k[0], size), (v[0], size), ("kv", 0)],
-        writes=[("kv", rows * kv_token_bytes(model, kv))],
+        reads=[(k[0], size), (v[0], size), (family, 0), *also],
+        writes=[(family, rows * kv_token_bytes(model, kv))],
         dtype=dtype,
         m=rows,
         n=2 * width,
@@ -257,7 +282,7 @@ def _append(s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, k:
     )
 
 
-def _core(
+def emit_core(
     s: Segment,
     model: Model,
     kv: KVSettings,
@@ -270,22 +295,30 @@ def _core(
     fresh: tuple[Read, ...],
     cached: tuple[Read, ...] | None = None,
     pairs: Num | None = None,
+    also: tuple[Read, ...] = (),
+    together: bool = False,
+    writes: tuple[Write, ...] | None = None,
 ) -> None:
     """F7 over ``keys`` rows, ``stored`` of them from the cache and the rest from ``fresh`` rows of this call.
 
     ``cached``: where the stored rows are read instead of the layer's own cache; ``pairs`` that the rows see, if not all
-    that a window or the causal order allows.
+    that a window or the causal order allows; ``also``: what else is read. ``together``: the rows of all sequences see
+    the same keys, which are read once, as if they were rows of one sequence. ``writes``: instead of ``attn_core``.
     """
     m, h = s.run.tokens, model.head_dim
+    if together:
+        m, batch = batch * m, 1
     dequantise: Num = 0
     if kv.dtype in _QUANTISED:
         dequantise = _QUANTISE_LANES * 2 * batch * model.n_kv_heads * h * stored
+    if writes is None:
+        writes = (s.buffer("attn_core", (batch, m, model.n_heads * h), dtype),)
     if cached is None:
         cached = (("kv", batch * kv_token_bytes(model, kv) * stored),) if stored.any() else ()
     s.op(
         "attention",
-        reads=[q, *cached, *fresh],
-        writes=[s.buffer("attn_core", (batch, m, model.n_heads * h), dtype)],
+        reads=[q, *cached, *fresh, *also],
+        writes=writes,
         dtype=dtype,
         batch=batch,
         m=m,

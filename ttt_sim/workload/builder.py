@@ -214,6 +214,18 @@ class TraceBuilder:
         for place, family in families.items():
             self._add_family(family, by_layer[place])
 
+    def declare_slots(
+        self, name: str, shape: tuple[int, ...], dtype: str, role: Role, *, slots: int, size: int
+    ) -> None:
+        """Declare tensors ``name.0``, ``name.1``, ... that layers take in turn and overwrite in place."""
+        first_id = len(self._tensors)
+        slots = min(slots, self._n_layers)
+        self._tensors += [
+            Tensor(name=f"{name}.{i}", shape=shape, dtype=dtype, role=role, nbytes=size, in_place=True)
+            for i in range(slots)
+        ]
+        self._add_family(name, first_id + np.arange(self._n_layers, dtype=np.int64) % slots)
+
     def number_of(self, name: str) -> int:
         """Number of a family that is declared."""
         return self._numbers[name]

@@ -268,3 +268,20 @@ def training_flops(model: Model, tokens: int, *, recompute: bool) -> int:
 def adam_state_bytes(parameters: int, dtype: str = "bf16") -> Fraction:
     """What a weight costs in mixed precision, its gradient left out: itself, an fp32 master copy and two moments."""
     return parameters * (element_bytes(dtype) + 3 * element_bytes("fp32"))
+
+
+# --- forms of a cache -------------------------------------------------------------------------------------------------
+
+
+def paged_kv_bytes(model: Model, tokens: int, block_tokens: int, kv_dtype: str = "bf16") -> Fraction:
+    """Whole blocks of one sequence, and 8 bytes of table for each."""
+    blocks = -(-tokens // block_tokens)
+    return blocks * (block_tokens * kv_bytes_per_token(model, kv_dtype) + 8)
+
+
+def prefix_step_bytes(
+    model: Model, tokens: int, shared_tokens: int, batch: int, *, dtype: str = "bf16", kv_dtype: str = "bf16"
+) -> Fraction:
+    """Weights and KV that a decode step reads where the prefix is read once: W_all + (s + B (T - s)) kappa."""
+    seen = shared_tokens + batch * (tokens - shared_tokens)
+    return step_weight_bytes(model, dtype) + seen * kv_bytes_per_token(model, kv_dtype)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ttt_sim.data_files import did_you_mean
 from ttt_sim.errors import ConfigError
 from ttt_sim.model import MethodSettings, Model, Scenario, TTTSettings
 from ttt_sim.ops import Trace
 from ttt_sim.units import parse_tokens
+
+T = TypeVar("T")
 
 #: What can be simulated of a method. ``prefill``: a prompt from an empty state; ``ask``: a question after a context
 #: that was taken in; ``decode``; ``train``: a step of training; ``index``: documents become an index to search.
@@ -25,13 +27,16 @@ PHASE_NAMES: tuple[PhaseName, ...] = get_args(PhaseName)
 class State:
     """What one sequence keeps between calls. The open chunk (carry) is taken at its largest, one token short.
 
-    ``fast_weight_bytes``: all weights of its own, ``index_bytes``: what retrieval searches for it.
+    ``fast_weight_bytes``: all weights of its own, ``index_bytes``: what retrieval searches for it. ``far_bytes`` of all
+    this lie behind the main memory. ``shared_bytes``: what all sequences keep together, beside it.
     """
 
     kv_bytes: int
     fast_weight_bytes: int = 0
     carry_bytes: int = 0
     index_bytes: int = 0
+    far_bytes: int = 0
+    shared_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -79,6 +84,13 @@ class Method:
     options: type[Any] | None = None
     needs: tuple[str, ...] = ()
     caveat: str = ""
+
+
+def options_of(settings: MethodSettings, kind: type[T]) -> T:
+    """The options of ``settings``, which must be of this kind."""
+    if not isinstance(settings.options, kind):
+        raise ConfigError(f"method {settings.name} needs {kind.__name__} and has {settings.options!r}")
+    return settings.options
 
 
 def set_options(settings: MethodSettings, values: Mapping[str, str]) -> MethodSettings:

@@ -7,7 +7,7 @@ sequences are one product.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from ttt_sim.dtypes import DTYPES, tensor_bytes
 from ttt_sim.errors import ConfigError, WorkloadError
 from ttt_sim.model import ONE_CHIP, Call, KVSettings, Model, Parallel, Scenario, stage_starts
 from ttt_sim.ops import IntArray, Phase, Role, Trace
-from ttt_sim.workload.attention import attention_weights, check_kv, declare_kv, emit_attention
+from ttt_sim.workload.attention import Cache, attention_weights, check_kv, declare_kv, emit_attention
 from ttt_sim.workload.builder import Read, Run, Segment, TraceBuilder, Write
 
 
@@ -87,6 +87,7 @@ class Decoder:
     Of a model that several chips share, ``model`` is what one of them holds (:func:`ttt_sim.model.shard`). ``stages``:
     layers before which activations move to other chips; the number of layers stands for the head. ``trained``: weights
     that change (names without ``.weight``); ``trains``: calls are whole sequences, of which no KV cache is kept.
+    ``shared_tokens``: so many first tokens are the same in all sequences and run once.
     """
 
     model: Model
@@ -99,6 +100,8 @@ class Decoder:
     adapters: Adapters | None = None
     trained: frozenset[str] = frozenset()
     trains: bool = False
+    cache: Cache | None = None
+    shared_tokens: int = 0
 
     @staticmethod
     def of(
@@ -109,12 +112,14 @@ class Decoder:
         mixer: Mixer | None = None,
         adapters: Adapters | None = None,
         trained: frozenset[str] = frozenset(),
+        cache: Cache | None = None,
+        shared_tokens: int = 0,
     ) -> Decoder:
         """The decoder that runs ``scenario``."""
         return Decoder(
             model=model, kv=kv, batch=scenario.batch, dtype=scenario.dtype, parallel=scenario.parallel,
             stages=stage_starts(model, scenario.parallel.pp), mixer=mixer, adapters=adapters, trained=trained,
-            trains=scenario.task == "train",
+            trains=scenario.task == "train", cache=cache, shared_tokens=shared_tokens,
         )  # fmt: skip
 
     def size(self, *shape: int) -> int:
@@ -144,6 +149,8 @@ class Decoder:
             self.declare_weight(builder, name, shape, layers=range(model.n_layers))
         if self.mixer is not None:
             self.mixer.declare(builder)
+        elif self.cache is not None:
+            self.cache.declare(builder)
         elif not self.trains:
             declare_kv(builder, model, self.kv, scenario)
         if self.adapters is not None:
@@ -209,8 +216,9 @@ class Decoder:
         rows, d, f = self.batch * s.run.tokens, self.model.d_model, self.model.d_ff
         if self.mixer is None:
             emit_attention(
-                s, self.model, self.kv, self.batch, self.dtype, self.parallel, self.project, cached=not self.trains
-            )
+                s, self.model, self.kv, self.batch, self.dtype, self.parallel, self.project, cached=not self.trains,
+                cache=self.cache,
+            )  # fmt: skip
         else:
             self.mixer.emit_layer(s)
         stream: Read = ("attended", self.size(rows, d))
@@ -301,7 +309,12 @@ def decoder_trace(
     special = tuple(other.layers) if other is not None else ()
     plain = tuple(layer for layer in range(decoder.model.n_layers) if layer not in special)
     keys = [part.shape_key for part in (other, learner) if part is not None]
+    if decoder.shared_tokens:
+        scenario = replace(scenario, calls=tuple(_cut(scenario.calls, decoder.shared_tokens)))
+        keys.append(lambda call: (int(call.position < decoder.shared_tokens),))
+    everyone = decoder
     for run in _runs(scenario, keys):
+        decoder = replace(everyone, batch=1) if int(run.positions[0]) < everyone.shared_tokens else everyone
         start, end = Segment(builder, run, ()), Segment(builder, run, ())
         decoder.emit_start(start)
         by_layer: dict[int, Segment] = {}
@@ -337,6 +350,16 @@ def _check_size(model: Model, scenario: Scenario) -> None:
             f"{scenario.batch} sequences, {longest} tokens in a call, {context} in all: an op would have more than "
             "2^63 operations; make the calls shorter or simulate fewer sequences"
         )
+
+
+def _cut(calls: Sequence[Call], at: int) -> Iterator[Call]:
+    """The calls, of which none has tokens before ``at`` and after."""
+    for call in calls:
+        first = min(max(at - call.position, 0), call.tokens)
+        if 0 < first < call.tokens:
+            yield replace(call, tokens=first, logits=False)
+            call = replace(call, position=at, tokens=call.tokens - first)
+        yield call
 
 
 def _runs(scenario: Scenario, keys: Sequence[Callable[[Call], tuple[int, ...]]]) -> Iterator[Run]:
