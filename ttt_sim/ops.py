@@ -147,6 +147,11 @@ OP_KINDS: tuple[OpKind, ...] = (
     OpKind("adam_write", "B11", OpClass.VECTOR, "step of Adam"),
     OpKind("join_parts", "K1", OpClass.VECTOR, "outputs of attention over two parts of the keys become one"),
     OpKind("kv_fetch", "K2", OpClass.COPY, "keys and values from behind the main memory, ahead of their use"),
+    OpKind("latent_proj", "K3", OpClass.MATMUL, "projection down to a latent"),
+    OpKind("latent_norm", "K4", OpClass.VECTOR, "RMSNorm of latents"),
+    OpKind("latent_up", "K5", OpClass.MATMUL, "keys and values from latents"),
+    OpKind("absorb_q", "K6", OpClass.MATMUL, "queries into the space of latents"),
+    OpKind("absorb_out", "K7", OpClass.MATMUL, "sums of latents to values"),
 )
 #: Kinds that no method emits: ops of which latencies are published, simulated one by one.
 MEASURED_ALONE: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("M"))
@@ -291,6 +296,7 @@ LANE_COST: Mapping[str, LaneCost] = {
     "adam_write": LaneCost(lanes=12, rsqrt=1, div=1),
     # Of each row the larger maximum, two differences and a sum; then two products and a sum per element.
     "join_parts": LaneCost(lanes=3, lanes_per_row=4, exp_per_row=2, div_per_row=1),
+    "latent_norm": LaneCost(lanes=4, rsqrt_per_row=1),
 }
 #: Lane operations per visible pair and head, one of them an exponential.
 _PAIR_LANES: Mapping[str, int] = {"attention": 5, "attention_grad": 6}

@@ -484,7 +484,7 @@ UNMEASURED_KINDS = (
     "delta_scale", "delta_sum", "delta_scan", "weight_write", "delta_write", "online_update", "fast_init",
     "loss", "loss_grad", "input_grad", "weight_grad", "attention_grad", "norm_grad", "rope_grad", "silu_mul_grad",
     "grad_add", "momentum_write", "adam_write",
-    "join_parts", "kv_fetch",
+    "join_parts", "kv_fetch", "latent_proj", "latent_norm", "latent_up", "absorb_q", "absorb_out",
 )  # fmt: skip
 
 

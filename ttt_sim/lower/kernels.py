@@ -40,6 +40,7 @@ SIBLINGS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_
 _ROW_CHAINS: tuple[tuple[str, str], ...] = (
     ("embedding", "attn_norm"),
     ("qk_norm", "rope"),
+    ("latent_norm", "rope"),
     ("rope", "kv_append"),
     ("attn_residual", "mlp_norm"),
     ("mlp_norm", "carry_append"),

@@ -13,6 +13,7 @@ from ttt_sim.workload.fine_tuning import FINE_TUNING
 from ttt_sim.workload.in_place_ttt import TTT, TTT_WINDOW
 from ttt_sim.workload.kv_cache import KV, KV_QUANT, KV_WINDOW
 from ttt_sim.workload.kv_forms import KV_OFFLOAD, KV_PAGED, KV_PREFIX
+from ttt_sim.workload.latent_attention import KV_MLA
 from ttt_sim.workload.method import Method, State
 
 __all__ = ["CONTEXT_METHODS", "METHODS", "Method", "State", "build_trace", "find_method", "state_per_sequence"]
@@ -28,6 +29,7 @@ METHODS: Mapping[str, Method] = {
     "kv_paged": KV_PAGED,
     "kv_prefix": KV_PREFIX,
     "kv_offload": KV_OFFLOAD,
+    "kv_mla": KV_MLA,
 }
 #: Those that ``run``, ``compare`` and ``sweep`` know: a KV cache and In-Place TTT, in their forms.
 CONTEXT_METHODS: tuple[str, ...] = ("kv", "kv_window", "kv_quant", "ttt", "ttt_window")

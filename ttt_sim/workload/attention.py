@@ -41,13 +41,22 @@ def check_kv(kv: KVSettings) -> None:
 
 def kv_token_bytes(model: Model, kv: KVSettings) -> int:
     """Bytes that one layer keeps of one token of one sequence: key, value and their scales."""
-    width = model.n_kv_heads * model.head_dim
+    return 2 * packed_bytes(kv, model.n_kv_heads * model.head_dim, heads=model.n_kv_heads)
+
+
+def packed_bytes(kv: KVSettings, width: int, *, heads: int) -> int:
+    """Bytes of ``width`` elements of one token, of ``heads`` heads, in the format of the cache with their scales."""
     scales = 0
     if kv.dtype in _GROUPED:
         scales = 2 * _SCALE_BYTES * -(-width // kv.group)  # a scale and a zero point
     elif kv.dtype in _QUANTISED and kv.per_token_scale:
-        scales = _SCALE_BYTES * model.n_kv_heads
-    return 2 * (int(n_bytes(width, kv.dtype)) + scales)
+        scales = _SCALE_BYTES * heads
+    return int(n_bytes(width, kv.dtype)) + scales
+
+
+def dequantise_lanes(kv: KVSettings, elements: Num) -> Num:
+    """Lane operations in which ``elements`` are quantised, or read back."""
+    return _QUANTISE_LANES * elements if kv.dtype in _QUANTISED else 0
 
 
 def kept_tokens(kv: KVSettings, tokens: int) -> int:
@@ -278,7 +287,7 @@ def emit_append(
         dtype=dtype,
         m=rows,
         n=2 * width,
-        extra_lanes=_QUANTISE_LANES * 2 * rows * width if kv.dtype in _QUANTISED else 0,
+        extra_lanes=dequantise_lanes(kv, 2 * rows * width),
     )
 
 
@@ -308,9 +317,6 @@ def emit_core(
     m, h = s.run.tokens, model.head_dim
     if together:
         m, batch = batch * m, 1
-    dequantise: Num = 0
-    if kv.dtype in _QUANTISED:
-        dequantise = _QUANTISE_LANES * 2 * batch * model.n_kv_heads * h * stored
     if writes is None:
         writes = (s.buffer("attn_core", (batch, m, model.n_heads * h), dtype),)
     if cached is None:
@@ -327,5 +333,5 @@ def emit_core(
         heads=model.n_heads,
         kv_heads=model.n_kv_heads,
         pairs=visible_pairs(kv, s.run.positions, m) if pairs is None else pairs,
-        extra_lanes=dequantise,
+        extra_lanes=dequantise_lanes(kv, 2 * batch * model.n_kv_heads * h * stored),
     )

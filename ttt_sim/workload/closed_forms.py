@@ -285,3 +285,22 @@ def prefix_step_bytes(
     """Weights and KV that a decode step reads where the prefix is read once: W_all + (s + B (T - s)) kappa."""
     seen = shared_tokens + batch * (tokens - shared_tokens)
     return step_weight_bytes(model, dtype) + seen * kv_bytes_per_token(model, kv_dtype)
+
+
+def latent_bytes_per_token(model: Model, latent: int, rope: int, kv_dtype: str = "bf16") -> Fraction:
+    """L (u + r) e_kv: one latent and one rotated key in every layer."""
+    return model.n_layers * (latent + rope) * element_bytes(kv_dtype)
+
+
+def latent_attention_flops(
+    model: Model, tokens: int, before: int = 0, *, latent: int, rope: int, absorbed: bool, query_latent: int = 0
+) -> int:
+    """Projections and cores of all layers for ``tokens`` rows after ``before``, one sequence."""
+    d, heads, h, pairs = model.d_model, model.n_heads, model.head_dim, visible_pairs(tokens, before)
+    queries = heads * (h + rope) * (query_latent or d) + query_latent * d
+    per_row = queries + (latent + rope) * d + heads * h * d
+    if absorbed:
+        core = 2 * tokens * heads * h * latent + heads * (2 * latent + rope) * pairs
+    else:
+        core = 2 * (before + tokens) * heads * h * latent + heads * (2 * h + rope) * pairs
+    return 2 * model.n_layers * (tokens * per_row + core)
