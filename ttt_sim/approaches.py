@@ -113,8 +113,9 @@ def _run(job: _Job) -> Mapping[str, object]:
 
 
 def _adaptation(settings: Approaches, method: Method) -> Mapping[str, object]:
-    """The record of taking the context in; of training the record of one step, on as few chips as hold it."""
-    if method.adapts != "train":
+    """The record of taking the context in: of one step where that is training, on as few chips as hold it; of all steps
+    and what comes before them where training follows another phase."""
+    if "train" not in method.phases:
         point = settings.point(method.name, method.adapts)
         return {**record_or_reason(point), "steps": 1}
     record: Mapping[str, object] = {}
@@ -126,9 +127,20 @@ def _adaptation(settings: Approaches, method: Method) -> Mapping[str, object]:
         point = replace(point, context_tokens=step_tokens)
         steps = method.steps(point.method, settings.context)
         record = {**record_or_reason(point), "steps": steps}
+        if method.adapts != "train" and record["fits"]:
+            first = record_or_reason(settings.point(method.name, method.adapts, tp=tp))
+            record = _followed(first, record, steps) if first["fits"] else first
         if record["fits"] or record.get("missing"):
             break
     return record
+
+
+def _followed(first: Record, step: Mapping[str, object], steps: int) -> Mapping[str, object]:
+    """A record of which ``steps`` times is ``first`` and ``steps`` steps after it."""
+    summed = ("seconds", "seconds_low", "seconds_high", "energy_j")
+    total = {key: _number(step, key) + _number(first, key) / steps for key in summed}
+    peak = max(_number(step, "peak_memory_bytes"), _number(first, "peak_memory_bytes"))
+    return {**step, **total, "peak_memory_bytes": peak, "steps": steps}
 
 
 def _held(point: Point) -> dict[str, object]:

@@ -152,6 +152,9 @@ OP_KINDS: tuple[OpKind, ...] = (
     OpKind("latent_up", "K5", OpClass.MATMUL, "keys and values from latents"),
     OpKind("absorb_q", "K6", OpClass.MATMUL, "queries into the space of latents"),
     OpKind("absorb_out", "K7", OpClass.MATMUL, "sums of latents to values"),
+    OpKind("adapter_down", "L1", OpClass.MATMUL, "rows times the first factor of an adapter"),
+    OpKind("adapter_up", "L2", OpClass.MATMUL, "the same times the second factor, added to what it adapts"),
+    OpKind("own_proj", "L3", OpClass.MATMUL, "projection with a weight that each sequence has its own copy of"),
 )
 #: Kinds that no method emits: ops of which latencies are published, simulated one by one.
 MEASURED_ALONE: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("M"))

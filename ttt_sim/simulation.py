@@ -224,7 +224,8 @@ def _scenario(point: Point) -> tuple[Scenario, DecodePlan | None]:
             f"phase is {point.phase!r}, which method {method.name} does not have; phases: {', '.join(method.phases)}"
         )
     if point.phase == "train":
-        scenario = Scenario.train(point.context_tokens, batch=batch, dtype=point.dtype, parallel=point.parallel)
+        step = method.step_call(point.method, point.context_tokens)
+        scenario = Scenario(batch=batch, dtype=point.dtype, calls=(step,), parallel=point.parallel, task="train")
         return scenario, None
     if point.phase in ("prefill", "index"):
         scenario = Scenario.prefill(
@@ -317,7 +318,7 @@ def simulate_point(point: Point) -> PointResult:
     parts = point.parallel.tp * point.parallel.cp * point.microbatches
     if plan is None:
         twice = np.full(steps, 2, dtype=np.int64)
-        new = point.question_tokens if point.phase == "ask" else point.context_tokens
+        new = {"ask": point.question_tokens, "train": scenario.calls[0].tokens}.get(point.phase, point.context_tokens)
         tokens, span = point.batch * new, 1
         twice_cycles = 2 * prefill_cycles(point, result)
     else:
@@ -374,7 +375,8 @@ def simulate_point(point: Point) -> PointResult:
 
 def call_tokens(point: Point) -> int:
     """Most tokens of a sequence that one call of a point takes."""
-    longest = {"decode": 1, "ask": point.question_tokens, "train": point.context_tokens}
+    step = find_method(point.method.name).step_call(point.method, point.context_tokens)
+    longest = {"decode": 1, "ask": point.question_tokens, "train": step.tokens}
     return longest.get(point.phase, point.call_tokens)
 
 
@@ -485,6 +487,7 @@ UNMEASURED_KINDS = (
     "loss", "loss_grad", "input_grad", "weight_grad", "attention_grad", "norm_grad", "rope_grad", "silu_mul_grad",
     "grad_add", "momentum_write", "adam_write",
     "join_parts", "kv_fetch", "latent_proj", "latent_norm", "latent_up", "absorb_q", "absorb_out",
+    "adapter_down", "adapter_up", "own_proj",
 )  # fmt: skip
 
 

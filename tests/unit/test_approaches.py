@@ -121,3 +121,10 @@ def test_methods_that_cannot_be_asked_are_refused() -> None:
     assert {"kv", "ttt_window", "fine_tuning"} <= set(methods_of(None))
     with pytest.raises(ConfigError, match="unknown method 'fine_tunin', did you mean fine_tuning"):
         methods_of(["fine_tunin"])
+
+
+def test_training_after_a_prompt_is_counted_with_it() -> None:
+    found = row(approach(replace(SETTINGS, methods=("q_ttt",), options={"q_ttt": {"steps": "5"}})), "q_ttt")
+    one = seconds("q_ttt", "train", 8192)
+    assert found["adapt_steps"] == 5
+    assert found["adapt_seconds"] == pytest.approx(seconds("kv", "prefill", 8192) + 5 * one)

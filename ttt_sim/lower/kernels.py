@@ -33,8 +33,14 @@ from ttt_sim.ops import (
 FORWARD_STREAM, UPDATE_STREAM, TRANSFER_STREAM = 0, 1, 2
 STREAMS: tuple[str, ...] = ("forward", "update", "transfer")
 
-#: GEMMs that read the same rows and stand next to each other are one GEMM with their columns side by side.
-SIBLINGS: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+#: GEMMs that read the same rows and stand next to each other are one GEMM with their columns side by side. Adapters of
+#: such GEMMs, which have as many rows, are two: one launch for all first factors and one for all second ones.
+SIBLINGS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("adapter_down", "adapter_down"),
+    ("adapter_up", "adapter_up"),
+)
 
 #: (first, second) neighbours that stream the same rows through vector units and so need one pass over them.
 _ROW_CHAINS: tuple[tuple[str, str], ...] = (

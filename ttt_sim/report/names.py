@@ -31,7 +31,7 @@ KERNEL_GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("weight write", "#B2182B", ("weight_write", "delta_write")),
     ("update: delta", "#F4A582", ("target_conv", "target_proj", "delta_gemm", "outer_gemm", "outer_proj", "delta_norm",
                                   "delta_scale", "delta_sum", "online_update")),
-    ("fast-weight apply", "#E69F00", ("fast_apply", "fast_init")),
+    ("fast-weight apply", "#E69F00", ("fast_apply", "fast_init", "adapter_down", "adapter_up", "own_proj")),
     ("attention core", "#2166AC", ("attention", "join_parts", "kv_fetch")),
     ("attention projections", "#92C5DE", ("q_proj", "k_proj", "v_proj", "o_proj", "latent_proj", "latent_up",
                                           "absorb_q", "absorb_out")),

@@ -14,7 +14,9 @@ from ttt_sim.workload.in_place_ttt import TTT, TTT_WINDOW
 from ttt_sim.workload.kv_cache import KV, KV_QUANT, KV_WINDOW
 from ttt_sim.workload.kv_forms import KV_OFFLOAD, KV_PAGED, KV_PREFIX
 from ttt_sim.workload.latent_attention import KV_MLA
+from ttt_sim.workload.lora import LORA, LORA_TTT
 from ttt_sim.workload.method import Method, State
+from ttt_sim.workload.q_ttt import Q_TTT
 
 __all__ = ["CONTEXT_METHODS", "METHODS", "Method", "State", "build_trace", "find_method", "state_per_sequence"]
 
@@ -30,6 +32,9 @@ METHODS: Mapping[str, Method] = {
     "kv_prefix": KV_PREFIX,
     "kv_offload": KV_OFFLOAD,
     "kv_mla": KV_MLA,
+    "lora": LORA,
+    "lora_ttt": LORA_TTT,
+    "q_ttt": Q_TTT,
 }
 #: Those that ``run``, ``compare`` and ``sweep`` know: a KV cache and In-Place TTT, in their forms.
 CONTEXT_METHODS: tuple[str, ...] = ("kv", "kv_window", "kv_quant", "ttt", "ttt_window")

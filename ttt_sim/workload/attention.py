@@ -69,6 +69,11 @@ def kv_bytes(model: Model, kv: KVSettings, tokens: int) -> int:
     return model.n_layers * kv_token_bytes(model, kv) * kept_tokens(kv, tokens)
 
 
+def stored_tokens(kv: KVSettings, positions: IntArray) -> IntArray:
+    """Tokens from before calls at ``positions`` that their rows see, where those are not stored first."""
+    return positions if kv.window_tokens is None else np.minimum(positions, kv.window_tokens - 1)
+
+
 def visible_pairs(kv: KVSettings, positions: IntArray, rows: int) -> IntArray:
     """Query-key pairs that ``rows`` new rows see after ``positions`` earlier ones: the sum of min(w, p + i)."""
     if kv.window_tokens is None:
@@ -90,12 +95,14 @@ def attention_weights(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def declare_kv(builder: TraceBuilder, model: Model, kv: KVSettings, scenario: Scenario) -> None:
-    """Declare the caches, with room for what they hold at the end. Version 0 is what they hold at the start.
+    """Declare the caches, with room for what they hold at the end. Version 0 is what they hold at the start, and all of
+    it where a step of training reads them, which stores nothing.
 
     Raises:
         UnsupportedError: a chip of a context-parallel group would hold no key.
     """
-    kept, cp = kept_tokens(kv, scenario.context_tokens), scenario.parallel.cp
+    cp, training = scenario.parallel.cp, scenario.task == "train"
+    kept = kept_tokens(kv, scenario.calls[0].position if training else scenario.context_tokens)
     fewest = kept_tokens(kv, scenario.calls[0].position + 1)
     if fewest < cp and not scenario.shares_prompt:
         raise UnsupportedError(f"{cp} chips cannot share {fewest} keys of a sequence: each must hold at least one")
@@ -140,7 +147,8 @@ def emit_attention(
 ) -> None:  # fmt: skip
     """Ops F1 to F9, from ``layer_input`` to ``attended``, the residual stream in the middle of the layer.
 
-    ``cached`` False: the calls are whole sequences of which nothing is kept, as in training. ``cache``: another one.
+    ``cached`` False: nothing is kept of the calls, as in training; those after position 0 see a cache from before.
+    ``cache``: another one than that of a layer.
     """
     m, h = s.run.tokens, model.head_dim
     rows, d = batch * m, model.d_model
@@ -180,8 +188,8 @@ def emit_attention(
         dtype=dtype, m=rows, n=q_width + kv_width,
     )  # fmt: skip
     if not cached:
-        none, keys = np.zeros_like(s.run.positions), np.full_like(s.run.positions, m)
-        emit_core(s, model, kv, batch, dtype, rotated_q, keys, stored=none, fresh=(rotated_k, v))
+        stored = stored_tokens(kv, s.run.positions)
+        emit_core(s, model, kv, batch, dtype, rotated_q, stored + m, stored=stored, fresh=(rotated_k, v))
     elif cache is not None:
         cache.emit(s, batch, rotated_q, rotated_k, v)
     elif parallel.cp > 1 and m > 1:
@@ -203,7 +211,7 @@ def emit_attention(
                 kv_heads=parallel.tp * parallel.cp,
             )  # fmt: skip
     else:
-        stored = np.minimum(s.run.positions, kv.window_tokens - 1)
+        stored = stored_tokens(kv, s.run.positions)
         emit_core(s, model, kv, batch, dtype, rotated_q, stored + m, stored=stored, fresh=(rotated_k, v))
         emit_append(s, model, kv, batch, dtype, rotated_k, v)
     projected = s.buffer("attn_projected", (batch, m, d), dtype)

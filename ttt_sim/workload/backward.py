@@ -10,15 +10,16 @@ Gradients of norms' weights are left out, like the weights themselves: they are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal
 
 import numpy as np
 
 from ttt_sim.model import Call
-from ttt_sim.ops import Phase, Role
-from ttt_sim.workload.attention import attention_weights, visible_pairs
+from ttt_sim.ops import Num, Phase, Role
+from ttt_sim.workload.attention import attention_weights, kv_token_bytes, stored_tokens, visible_pairs
 from ttt_sim.workload.builder import Read, Run, Segment, TraceBuilder, Write, n_bytes
 from ttt_sim.workload.transformer import Decoder
 
@@ -26,6 +27,8 @@ Optimiser = Literal["sgd", "momentum", "adam"]
 #: Moments, in fp32, that an optimiser keeps for each weight.
 MOMENTS: dict[Optimiser, int] = {"sgd": 0, "momentum": 1, "adam": 2}
 STATE_DTYPE = "fp32"
+#: Shapes of weights by name.
+Weights = Mapping[str, tuple[int, ...]]
 #: Logits and their gradients.
 LOGITS_DTYPE = "fp32"
 
@@ -59,6 +62,7 @@ class Backward:
         """Backward of rows (k) times a weight (n, k): the gradient of the input, if wanted, and of the weight, if it is
         trained. ``adds``: to the newest version of ``in_grad``. ``sequences``: as many weights, one per sequence."""
         d = self.decoder
+        sequences = d.batch if name in d.own else sequences
         rows = d.batch * (s.run.tokens if tokens is None else tokens) // sequences
         if in_grad is not None:
             weight: Read = (f"{name}.weight", sequences * d.size(n, k))
@@ -133,7 +137,7 @@ class Backward:
 
     def attention(
         self, s: Segment, out_grad: Read, normed_grad: Write | None, *, cached: Sequence[Read] = (),
-        keys: int | None = None,
+        keys: Num | None = None,
     ) -> None:  # fmt: skip
         """Backward of attention from the gradient of its output to that of its normed input, if that is wanted.
 
@@ -184,17 +188,31 @@ class Backward:
         if normed_grad is not None:
             self.summed(s, normed_grad)
 
+    def learns(self, products: Sequence[str]) -> bool:
+        """A weight or an adapter of one of ``products`` of a layer is trained."""
+        adapters = self.decoder.adapters
+        return not self.decoder.trained.isdisjoint(products) or (adapters is not None and adapters.reaches(products))
+
     def layer(self, s: Segment, *, to_input: bool) -> None:
-        """Backward of a plain layer, from ``layer_output_grad`` to ``layer_input_grad``, if that is wanted."""
+        """Backward of a plain layer, from ``layer_output_grad`` to ``layer_input_grad``, if that is wanted, else to the
+        lowest product that learns."""
         d, rows = self.decoder, self.decoder.batch * s.run.tokens
         width = d.model.d_model
         shape, size = (d.batch, s.run.tokens, width), d.size(rows, width)
         out_grad: Read = ("layer_output_grad", size)
+        if not to_input and not self.learns(ATTENTION_PRODUCTS):
+            self.mlp(s, out_grad, None)
+            return
         normed_grad = s.buffer("mlp_normed_grad", shape, d.dtype)
         self.mlp(s, out_grad, normed_grad)
         middle = s.buffer("attended_grad", shape, d.dtype)
         self.norm(s, "mlp_norm", [normed_grad], ("attended", size), out_grad, middle)
-        self.attention(s, middle, s.buffer("attn_normed_grad", shape, d.dtype) if to_input else None)
+        stored = stored_tokens(d.kv, s.run.positions)
+        cached: list[Read] = [("kv", d.batch * kv_token_bytes(d.model, d.kv) * stored)] if stored.any() else []
+        self.attention(
+            s, middle, s.buffer("attn_normed_grad", shape, d.dtype) if to_input else None, cached=cached,
+            keys=stored + s.run.tokens if cached else None,
+        )  # fmt: skip
         if to_input:
             self.norm(
                 s, "attn_norm", [("attn_normed_grad", size)], ("layer_input", size), middle, ("layer_input_grad", size)
@@ -301,34 +319,44 @@ class Steps:
 
     def emit_norm(self, s: Segment, name: str, shape: tuple[int, ...]) -> None:
         """U4: what the gradient of ``name`` adds to the norm."""
-        elements = _elements(shape)
-        s.op(
-            "delta_norm", reads=[(f"{name}_grad", self._grad_bytes(elements)), ("grad_norm", 0)],
-            writes=[("grad_norm", 0)], dtype=self.grad_dtype, m=elements // shape[-1], n=shape[-1],
-        )  # fmt: skip
+        self.emit_norm_of_all(s, {name: shape})
 
     def emit(self, s: Segment, name: str, shape: tuple[int, ...]) -> None:
         """The step on the weight ``name``: U6, B10 or B11."""
-        elements = _elements(shape)
-        wide = int(n_bytes(elements, STATE_DTYPE))
-        weight: Write = (f"{name}.weight", int(n_bytes(elements, self.dtype)))
+        self.emit_all(s, {name: shape})
+
+    def emit_norm_of_all(self, s: Segment, weights: Weights) -> None:
+        """U4: what the gradients of ``weights``, gone over in one pass, add to the norm."""
+        m, n = _rows(weights)
+        s.op(
+            "delta_norm", reads=[*self._grads(weights), ("grad_norm", 0)], writes=[("grad_norm", 0)],
+            dtype=self.grad_dtype, m=m, n=n,
+        )  # fmt: skip
+
+    def emit_all(self, s: Segment, weights: Weights) -> None:
+        """The step on ``weights``, in one pass over them: U6, B10 or B11."""
+        m, n = _rows(weights)
         state: list[Write] = []
-        if self.master:
-            state.append((f"{name}.master", wide))
-        if MOMENTS[self.optimiser]:
-            state.append((f"{name}.moments", MOMENTS[self.optimiser] * wide))
+        changed: list[Write] = []
+        for name, shape in weights.items():
+            wide = int(n_bytes(_elements(shape), STATE_DTYPE))
+            if self.master:
+                state.append((f"{name}.master", wide))
+            if MOMENTS[self.optimiser]:
+                state.append((f"{name}.moments", MOMENTS[self.optimiser] * wide))
+            changed.append((f"{name}.weight", int(n_bytes(_elements(shape), self.dtype))))
         norm: list[Read] = [("grad_norm", 0)] if self.clip else []
         kind = {"sgd": "weight_write", "momentum": "momentum_write", "adam": "adam_write"}[self.optimiser]
         # With a master copy the old weight need not be read; the operand of no bytes puts steps in order.
-        old: Read = (weight[0], 0) if self.master else weight
+        old: list[Read] = [(name, 0 if self.master else size) for name, size in changed]
         s.op(
-            kind, reads=[(f"{name}_grad", self._grad_bytes(elements)), *norm, *state, old], writes=[*state, weight],
-            dtype=STATE_DTYPE if self.master else self.dtype, m=elements // shape[-1], n=shape[-1],
-            phase=Phase.WEIGHT_WRITE, extra_lanes=elements if self.optimiser == "sgd" else 0,
+            kind, reads=[*self._grads(weights), *norm, *state, *old], writes=[*state, *changed],
+            dtype=STATE_DTYPE if self.master else self.dtype, m=m, n=n, phase=Phase.WEIGHT_WRITE,
+            extra_lanes=m * n if self.optimiser == "sgd" else 0,
         )  # fmt: skip
 
-    def _grad_bytes(self, elements: int) -> int:
-        return int(n_bytes(elements, self.grad_dtype))
+    def _grads(self, weights: Weights) -> list[Read]:
+        return [(f"{name}_grad", int(n_bytes(_elements(shape), self.grad_dtype))) for name, shape in weights.items()]
 
 
 def _elements(shape: tuple[int, ...]) -> int:
@@ -336,6 +364,12 @@ def _elements(shape: tuple[int, ...]) -> int:
     for length in shape:
         total *= length
     return total
+
+
+def _rows(weights: Weights) -> tuple[int, int]:
+    """Rows, and their width, of weights that are gone over in one pass; the widest rows that they all consist of."""
+    width = gcd(*(shape[-1] for shape in weights.values()))
+    return sum(_elements(shape) for shape in weights.values()) // width, width
 
 
 # --- training of whole decoders ---------------------------------------------------------------------------------------
@@ -354,16 +388,17 @@ class Training:
     recompute: bool
     loss_tile_rows: int | None
 
-    def weights(self) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-        """Shapes of the trained weights of a layer, and of those outside the layers."""
+    def weights(self) -> tuple[Weights, Weights]:
+        """The trained weights of a layer, and those outside the layers."""
         model = self.decoder.model
         d, f = model.d_model, model.d_ff
         layer = {**attention_weights(model), "gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
         table = (model.vocab_size, d)
         shared = {"embedding": table} | ({} if model.tied_embeddings else {"lm_head": table})
-        trained = self.decoder.trained
+        trained, own = self.decoder.trained, self.decoder.own
+        copies = (self.decoder.batch,)
         return (
-            {name: shape for name, shape in layer.items() if name in trained},
+            {name: (*copies, *shape) if name in own else shape for name, shape in layer.items() if name in trained},
             {name: shape for name, shape in shared.items() if name in trained},
         )
 
@@ -374,7 +409,8 @@ class Training:
         Backward(decoder=self.decoder).declare(builder, rows)
         self.steps.declare_norm(builder)
         by_layer, shared = self.weights()
-        for weights, layers in ((by_layer, range(self.decoder.model.n_layers)), (shared, None)):
+        every = range(self.decoder.model.n_layers)
+        for weights, layers in ((by_layer, every), (self._adapters(), every), (shared, None)):
             for name, shape in weights.items():
                 self.steps.declare(builder, name, shape, layers=layers)
 
@@ -415,5 +451,12 @@ class Training:
         for segment, weights in ((layers, by_layer), (outside, shared)):
             for name, shape in weights.items():
                 (self.steps.emit_norm if norm else self.steps.emit)(segment, name, shape)
-        out = [(layers, layer) for layer in layers.layers if by_layer]
+        adapters = self._adapters()
+        if adapters:  # so small that a launch for each would be most of the time
+            (self.steps.emit_norm_of_all if norm else self.steps.emit_all)(layers, adapters)
+        out = [(layers, layer) for layer in layers.layers if by_layer or adapters]
         return out + ([(outside, -1)] if shared else [])
+
+    def _adapters(self) -> Weights:
+        adapters = self.decoder.adapters
+        return {} if adapters is None else adapters.weights()

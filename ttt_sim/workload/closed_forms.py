@@ -304,3 +304,52 @@ def latent_attention_flops(
     else:
         core = 2 * (before + tokens) * heads * h * latent + heads * (2 * h + rope) * pairs
     return 2 * model.n_layers * (tokens * per_row + core)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def adapter_widths(model: Model, *, attention: bool, mlp: bool) -> int:
+    """Inputs and outputs of all adapted products of a layer, added up."""
+    q, kv, d, f = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim, model.d_model, model.d_ff
+    return (4 * d + 2 * q + 2 * kv if attention else 0) + (3 * (d + f) if mlp else 0)
+
+
+def adapter_parameters(model: Model, rank: int, *, attention: bool = True, mlp: bool = True) -> int:
+    """r (inputs + outputs) of every adapted product."""
+    return rank * model.n_layers * adapter_widths(model, attention=attention, mlp=mlp)
+
+
+def lora_training_flops(
+    model: Model, tokens: int, rank: int, *, attention: bool = True, mlp: bool = True, recompute: bool
+) -> int:
+    """FLOPs of a step on one sequence: forward and once as much backward for frozen products, for adapters three times
+    their forward. What lies below the lowest adapter has no backward pass."""
+    d, f, q, kv = model.d_model, model.d_ff, model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    frozen = linear_flops_per_token(model)
+    core_layer = attention_flops(model, tokens) // model.n_layers
+    adapter = 2 * adapter_parameters(model, rank, attention=attention, mlp=mlp)
+    if attention:  # the first layer's queries, keys and values need no gradient of their input
+        below, below_core = 2 * d * (q + 2 * kv) + 2 * rank * 3 * d, 0
+    else:  # nor does its MLP, and its attention has no backward pass
+        below, below_core = 2 * d * (2 * f + 2 * q + 2 * kv) + 2 * rank * 2 * d, core_layer
+    core = core_layer * model.n_layers
+    forward = tokens * (frozen + adapter) + core
+    head = 4 * tokens * d * model.vocab_size
+    backward = tokens * (frozen + 2 * adapter - below) + (core - below_core) * 5 // 2
+    return forward + backward + head + (forward if recompute else 0)
+
+
+def query_step_flops(model: Model, tokens: int, span: int, *, rank: int | None, recompute: bool) -> int:
+    """FLOPs of a step of query-only training on one sequence: ``span`` rows that see ``tokens`` cached ones.
+
+    ``rank`` of adapters on queries; None: the projections themselves learn.
+    """
+    d, q, kv = model.d_model, model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    frozen, core = span * linear_flops_per_token(model), attention_flops(model, span, tokens)
+    learns = 2 * span * model.n_layers * (d * q if rank is None else rank * (d + q))
+    forward = frozen + core + (0 if rank is None else learns)
+    # The first layer's queries, keys and values need no gradient of their input.
+    below = 2 * span * (d * (q + 2 * kv) + (0 if rank is None else rank * d))
+    backward = frozen + core * 5 // 2 + (learns if rank is None else 2 * learns) - below
+    return forward + backward + 4 * span * d * model.vocab_size + (forward if recompute else 0)

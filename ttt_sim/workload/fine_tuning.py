@@ -7,7 +7,7 @@ the weights, of which every user has a copy; a question is answered like by the 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from ttt_sim.dtypes import tensor_bytes
 from ttt_sim.errors import ConfigError, UnsupportedError
@@ -22,24 +22,29 @@ from ttt_sim.workload.transformer import Decoder, decoder_trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingOptions:
+class StepOptions:
     """How a step of training is made. ``loss_tile_rows``: rows of logits that exist at a time, None for all;
-    ``epochs``: times that a context is gone through, in sequences of ``sequence_tokens``; ``recompute``, ``master`` and
-    ``clip`` as of :mod:`ttt_sim.workload.backward`."""
+    ``recompute``, ``master`` and ``clip`` as of :mod:`ttt_sim.workload.backward`."""
 
     optimiser: Optimiser = "adam"
     recompute: bool = True
     master: bool = True
     clip: bool = True
     loss_tile_rows: int | None = None
-    epochs: int = 1
-    sequence_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        for name in ("loss_tile_rows", "epochs", "sequence_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"option {name} is {value}, expected at least 1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is int and value < 1:
+                raise ConfigError(f"option {field.name} is {value}, expected at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingOptions(StepOptions):
+    """How a context is trained on: ``epochs`` times, in sequences of ``sequence_tokens``."""
+
+    epochs: int = 1
+    sequence_tokens: int = 4096
 
 
 def check_training(scenario: Scenario) -> None:
@@ -48,7 +53,7 @@ def check_training(scenario: Scenario) -> None:
         raise UnsupportedError("training is modelled on one chip or a tensor-parallel group, without stages or cp")
 
 
-def training_of(decoder: Decoder, options: TrainingOptions) -> Training:
+def training_of(decoder: Decoder, options: StepOptions) -> Training:
     """The step of training that ``options`` describe."""
     steps = Steps(
         optimiser=options.optimiser, master=options.master, clip=options.clip, dtype=decoder.dtype,
@@ -65,7 +70,7 @@ def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
     """
     decoder = Decoder.of(model, settings.kv, scenario)
     learner = None
-    options = _options(settings)
+    options = training_options(settings)
     if scenario.task == "train":
         check_training(scenario)
         names = {*ATTENTION_PRODUCTS, *MLP_PRODUCTS, "embedding", *(() if model.tied_embeddings else ("lm_head",))}
@@ -83,7 +88,8 @@ def state(model: Model, settings: MethodSettings, tokens: int, dtype: str) -> St
     return State(kv_bytes=kv_bytes(model, settings.kv, tokens), fast_weight_bytes=tensor_bytes(model.parameters, dtype))
 
 
-def _options(settings: MethodSettings) -> TrainingOptions:
+def training_options(settings: MethodSettings) -> TrainingOptions:
+    """The options of ``settings``, which must be those of training."""
     if not isinstance(settings.options, TrainingOptions):
         raise ConfigError(f"method {settings.name} needs TrainingOptions and has {settings.options!r}")
     return settings.options
@@ -95,24 +101,24 @@ def _settings(window_tokens: int | None, kv_dtype: str | None, ttt: TTTSettings 
     )
 
 
-def _no_context(settings: MethodSettings, tokens: int) -> int:
+def no_context(settings: MethodSettings, tokens: int) -> int:
+    """Nothing of the context stands before a question."""
     return 0
 
 
 def step_tokens(settings: MethodSettings, tokens: int) -> int:
     """Tokens of one step: a context is cut into sequences, one of which a step trains on."""
-    return min(tokens, _options(settings).sequence_tokens)
+    return min(tokens, training_options(settings).sequence_tokens)
 
 
 def steps(settings: MethodSettings, tokens: int) -> int:
     """Steps that take a context of ``tokens`` in."""
-    options = _options(settings)
-    return options.epochs * ceil_div(tokens, step_tokens(settings, tokens))
+    return training_options(settings).epochs * ceil_div(tokens, step_tokens(settings, tokens))
 
 
 FINE_TUNING = Method(
     name="fine_tuning", title="full fine-tuning", settings=_settings, trace=trace, state=state,
-    family="training", phases=("prefill", "ask", "decode", "train"), adapts="train", held_tokens=_no_context,
+    family="training", phases=("prefill", "ask", "decode", "train"), adapts="train", held_tokens=no_context,
     step_tokens=step_tokens, steps=steps, batched=False, options=TrainingOptions,
     needs=("a backward pass", "optimiser state in memory", "all weights writable"),
     caveat="Facts taken up by training on a text are recalled less reliably than from the text itself.",

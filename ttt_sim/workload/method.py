@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ttt_sim.data_files import did_you_mean
 from ttt_sim.errors import ConfigError
-from ttt_sim.model import MethodSettings, Model, Scenario, TTTSettings
+from ttt_sim.model import Call, MethodSettings, Model, Scenario, TTTSettings
 from ttt_sim.ops import Trace
 from ttt_sim.units import parse_tokens
 
@@ -47,6 +47,10 @@ def _all_tokens(settings: MethodSettings, tokens: int) -> int:
     return tokens
 
 
+def _whole_context(settings: MethodSettings, tokens: int) -> Call:
+    return Call(position=0, tokens=tokens, logits=False)
+
+
 def _one_step(settings: MethodSettings, tokens: int) -> int:
     return 1
 
@@ -67,6 +71,9 @@ class Method:
     ``options``: the class of ``MethodSettings.options``, a frozen dataclass with defaults. ``needs``: features of
     hardware beyond those of inference with a KV cache; ``caveat``: what published work says of its quality, with the
     source.
+
+    ``step_call(settings, tokens)``: what a step of training calls the model with, at a context of ``tokens`` tokens. A
+    method that has training but takes a context in by another phase trains after it.
     """
 
     name: str
@@ -84,6 +91,7 @@ class Method:
     options: type[Any] | None = None
     needs: tuple[str, ...] = ()
     caveat: str = ""
+    step_call: Callable[[MethodSettings, int], Call] = _whole_context
 
 
 def options_of(settings: MethodSettings, kind: type[T]) -> T:

@@ -66,6 +66,12 @@ class Adapters(Protocol):
     ) -> None:
         """The same backward: what adds to ``in_grad``, if that is wanted, and the gradients of the adapter."""
 
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what a layer has of them."""
+
+    def reaches(self, products: Sequence[str]) -> bool:
+        """One of ``products`` is adapted."""
+
 
 class Learner(Protocol):
     """What learns after the forward pass of a call."""
@@ -86,8 +92,9 @@ class Decoder:
 
     Of a model that several chips share, ``model`` is what one of them holds (:func:`ttt_sim.model.shard`). ``stages``:
     layers before which activations move to other chips; the number of layers stands for the head. ``trained``: weights
-    that change (names without ``.weight``); ``trains``: calls are whole sequences, of which no KV cache is kept.
-    ``shared_tokens``: so many first tokens are the same in all sequences and run once.
+    that change (names without ``.weight``); ``own``: those of which every sequence has a copy; ``trains``: calls are
+    steps of training, of which no KV cache is kept. ``shared_tokens``: so many first tokens are the same in all
+    sequences and run once.
     """
 
     model: Model
@@ -99,6 +106,7 @@ class Decoder:
     mixer: Mixer | None = None
     adapters: Adapters | None = None
     trained: frozenset[str] = frozenset()
+    own: frozenset[str] = frozenset()
     trains: bool = False
     cache: Cache | None = None
     shared_tokens: int = 0
@@ -112,6 +120,7 @@ class Decoder:
         mixer: Mixer | None = None,
         adapters: Adapters | None = None,
         trained: frozenset[str] = frozenset(),
+        own: frozenset[str] = frozenset(),
         cache: Cache | None = None,
         shared_tokens: int = 0,
     ) -> Decoder:
@@ -119,7 +128,7 @@ class Decoder:
         return Decoder(
             model=model, kv=kv, batch=scenario.batch, dtype=scenario.dtype, parallel=scenario.parallel,
             stages=stage_starts(model, scenario.parallel.pp), mixer=mixer, adapters=adapters, trained=trained,
-            trains=scenario.task == "train", cache=cache, shared_tokens=shared_tokens,
+            own=own, trains=scenario.task == "train", cache=cache, shared_tokens=shared_tokens,
         )  # fmt: skip
 
     def size(self, *shape: int) -> int:
@@ -151,7 +160,7 @@ class Decoder:
             self.mixer.declare(builder)
         elif self.cache is not None:
             self.cache.declare(builder)
-        elif not self.trains:
+        elif not self.trains or scenario.calls[0].position:
             declare_kv(builder, model, self.kv, scenario)
         if self.adapters is not None:
             self.adapters.declare(builder)
@@ -163,8 +172,10 @@ class Decoder:
     def declare_weight(
         self, builder: TraceBuilder, name: str, shape: tuple[int, ...], *, layers: Sequence[int] | None
     ) -> None:
-        """Declare a weight that sequences share, frozen unless it is trained."""
-        changes = name in self.trained
+        """Declare a weight that sequences share, frozen unless it is trained, or their copies of it."""
+        changes = name in self.trained | self.own
+        if name in self.own:
+            shape = (self.batch, *shape)
         builder.declare(
             f"{name}.weight", shape, self.dtype, Role.FAST_WEIGHT if changes else Role.WEIGHT, layers=layers,
             initial_version=0, in_place=changes,
@@ -188,10 +199,14 @@ class Decoder:
         tokens: int | None = None, phase: Phase | None = None,
     ) -> None:  # fmt: skip
         """``tokens`` rows of every sequence (those of the call), which ``sources`` hold together, times a weight (n, k)
-        that the sequences share, and what adapters add."""
-        rows = self.batch * (s.run.tokens if tokens is None else tokens)
-        weight: Read = (f"{name}.weight", self.size(n, k))
-        s.op(name, reads=[*sources, weight], writes=[out], dtype=self.dtype, m=rows, n=n, k=k, phase=phase)
+        that the sequences share, or have a copy of, and what adapters add."""
+        copies = self.batch if name in self.own else 1
+        rows = self.batch * (s.run.tokens if tokens is None else tokens) // copies
+        weight: Read = (f"{name}.weight", self.size(copies, n, k))
+        s.op(
+            "own_proj" if name in self.own else name, reads=[*sources, weight], writes=[out], dtype=self.dtype,
+            batch=copies, m=rows, n=n, k=k, phase=phase,
+        )  # fmt: skip
         if self.adapters is not None:
             self.adapters.emit(s, name, sources, out, n=n, k=k)
 
