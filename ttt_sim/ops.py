@@ -155,6 +155,8 @@ OP_KINDS: tuple[OpKind, ...] = (
     OpKind("adapter_down", "L1", OpClass.MATMUL, "rows times the first factor of an adapter"),
     OpKind("adapter_up", "L2", OpClass.MATMUL, "the same times the second factor, added to what it adapts"),
     OpKind("own_proj", "L3", OpClass.MATMUL, "projection with a weight that each sequence has its own copy of"),
+    OpKind("weight_scan", "T1", OpClass.VECTOR, "running sums of the deltas of all chunks, or of gradients of weights"),
+    OpKind("conv_grad", "T2", OpClass.VECTOR, "depthwise convolution of the targets, backward"),
 )
 #: Kinds that no method emits: ops of which latencies are published, simulated one by one.
 MEASURED_ALONE: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("M"))
@@ -300,6 +302,8 @@ LANE_COST: Mapping[str, LaneCost] = {
     # Of each row the larger maximum, two differences and a sum; then two products and a sum per element.
     "join_parts": LaneCost(lanes=3, lanes_per_row=4, exp_per_row=2, div_per_row=1),
     "latent_norm": LaneCost(lanes=4, rsqrt_per_row=1),
+    "weight_scan": LaneCost(lanes=2),
+    "conv_grad": LaneCost(flops=20),  # five taps, a multiply-add each, for the targets and for the taps
 }
 #: Lane operations per visible pair and head, one of them an exponential.
 _PAIR_LANES: Mapping[str, int] = {"attention": 5, "attention_grad": 6}

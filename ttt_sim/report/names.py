@@ -30,7 +30,7 @@ _OTHER_STYLES: tuple[tuple[str, str], ...] = (("#CC79A7", "P"), ("#000000", "X")
 KERNEL_GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("weight write", "#B2182B", ("weight_write", "delta_write")),
     ("update: delta", "#F4A582", ("target_conv", "target_proj", "delta_gemm", "outer_gemm", "outer_proj", "delta_norm",
-                                  "delta_scale", "delta_sum", "online_update")),
+                                  "delta_scale", "delta_sum", "online_update", "weight_scan", "conv_grad")),
     ("fast-weight apply", "#E69F00", ("fast_apply", "fast_init", "adapter_down", "adapter_up", "own_proj")),
     ("attention core", "#2166AC", ("attention", "join_parts", "kv_fetch")),
     ("attention projections", "#92C5DE", ("q_proj", "k_proj", "v_proj", "o_proj", "latent_proj", "latent_up",

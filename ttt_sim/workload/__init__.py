@@ -17,6 +17,7 @@ from ttt_sim.workload.latent_attention import KV_MLA
 from ttt_sim.workload.lora import LORA, LORA_TTT
 from ttt_sim.workload.method import Method, State
 from ttt_sim.workload.q_ttt import Q_TTT
+from ttt_sim.workload.ttt_outer import TTT_OUTER
 
 __all__ = ["CONTEXT_METHODS", "METHODS", "Method", "State", "build_trace", "find_method", "state_per_sequence"]
 
@@ -35,6 +36,7 @@ METHODS: Mapping[str, Method] = {
     "lora": LORA,
     "lora_ttt": LORA_TTT,
     "q_ttt": Q_TTT,
+    "ttt_outer": TTT_OUTER,
 }
 #: Those that ``run``, ``compare`` and ``sweep`` know: a KV cache and In-Place TTT, in their forms.
 CONTEXT_METHODS: tuple[str, ...] = ("kv", "kv_window", "kv_quant", "ttt", "ttt_window")

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from ttt_sim.model import Call
 from ttt_sim.ops import Num, Phase, Role
 from ttt_sim.workload.attention import attention_weights, kv_token_bytes, stored_tokens, visible_pairs
 from ttt_sim.workload.builder import Read, Run, Segment, TraceBuilder, Write, n_bytes
-from ttt_sim.workload.transformer import Decoder
+from ttt_sim.workload.transformer import Decoder, OtherMlp
 
 Optimiser = Literal["sgd", "momentum", "adam"]
 #: Moments, in fp32, that an optimiser keeps for each weight.
@@ -35,6 +35,22 @@ LOGITS_DTYPE = "fp32"
 #: Products of an MLP layer.
 MLP_PRODUCTS = ("gate_proj", "up_proj", "down_proj")
 ATTENTION_PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class TrainedMlp(OtherMlp, Protocol):
+    """What stands in place of the plain MLP in some layers, and learns."""
+
+    def declare_grad(self, builder: TraceBuilder, rows: tuple[int, ...]) -> None:
+        """Declare gradients that layers share; ``rows``: shape of the residual stream."""
+
+    def emit_grad_end(self, s: Segment) -> None:
+        """Ops between the backward pass of the layers and that of the embedding."""
+
+    def emit_grad(self, s: Segment, out_grad: Read, normed_grad: Write) -> None:
+        """Backward from the gradient of its output to that of its input."""
+
+    def weights(self) -> Weights:
+        """What it trains beside the weights of a plain layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,16 +128,25 @@ class Backward:
         """
         d = self.decoder
         rows, width, f = d.batch * s.run.tokens, d.model.d_model, d.model.d_ff
+        hidden_grad = s.buffer(f"{prefix}hidden_grad", (d.batch, s.run.tokens, f), d.dtype)
+        self.product(
+            s, f"{prefix}down_proj", out_grad, (f"{prefix}hidden", d.size(rows, f)), hidden_grad, n=width, k=f,
+            sequences=sequences, trained=trained,
+        )  # fmt: skip
+        self.gated(s, hidden_grad, normed_grad, prefix=prefix, sequences=sequences, trained=trained)
+
+    def gated(
+        self, s: Segment, hidden_grad: Read, normed_grad: Write | None, *, prefix: str = "", sequences: int = 1,
+        trained: bool | None = None,
+    ) -> None:  # fmt: skip
+        """The part of :meth:`mlp` after its last product: from the gradient of the hidden rows."""
+        d = self.decoder
+        rows, width, f = d.batch * s.run.tokens, d.model.d_model, d.model.d_ff
         wide = (d.batch, s.run.tokens, f)
 
         def rows_of(name: str, n: int = f) -> Read:
             return prefix + name, d.size(rows, n)
 
-        hidden_grad = s.buffer(f"{prefix}hidden_grad", wide, d.dtype)
-        self.product(
-            s, f"{prefix}down_proj", out_grad, rows_of("hidden"), hidden_grad, n=width, k=f, sequences=sequences,
-            trained=trained,
-        )  # fmt: skip
         grads = [s.buffer(f"{prefix}{name}_grad", wide, d.dtype) for name in ("gate", "up")]
         s.op(
             "silu_mul_grad", reads=[rows_of("gate"), rows_of("up"), hidden_grad], writes=grads, dtype=d.dtype,
@@ -193,18 +218,21 @@ class Backward:
         adapters = self.decoder.adapters
         return not self.decoder.trained.isdisjoint(products) or (adapters is not None and adapters.reaches(products))
 
-    def layer(self, s: Segment, *, to_input: bool) -> None:
-        """Backward of a plain layer, from ``layer_output_grad`` to ``layer_input_grad``, if that is wanted, else to the
-        lowest product that learns."""
+    def layer(self, s: Segment, *, to_input: bool, other: TrainedMlp | None = None) -> None:
+        """Backward of a layer with the plain MLP or ``other``, from ``layer_output_grad`` to ``layer_input_grad``, if
+        that is wanted, else to the lowest product that learns."""
         d, rows = self.decoder, self.decoder.batch * s.run.tokens
         width = d.model.d_model
         shape, size = (d.batch, s.run.tokens, width), d.size(rows, width)
         out_grad: Read = ("layer_output_grad", size)
-        if not to_input and not self.learns(ATTENTION_PRODUCTS):
+        if other is None and not to_input and not self.learns(ATTENTION_PRODUCTS):
             self.mlp(s, out_grad, None)
             return
         normed_grad = s.buffer("mlp_normed_grad", shape, d.dtype)
-        self.mlp(s, out_grad, normed_grad)
+        if other is None:
+            self.mlp(s, out_grad, normed_grad)
+        else:
+            other.emit_grad(s, out_grad, normed_grad)
         middle = s.buffer("attended_grad", shape, d.dtype)
         self.norm(s, "mlp_norm", [normed_grad], ("attended", size), out_grad, middle)
         stored = stored_tokens(d.kv, s.run.positions)
@@ -380,13 +408,14 @@ class Training:
     """A step of training on the sequences of a call: loss, backward pass, optimiser. A :class:`Learner`.
 
     ``loss_tile_rows``: rows of logits that exist at a time, None for all; ``recompute``: only the inputs of layers are
-    kept, and layers run again before their backward pass.
+    kept, and layers run again before their backward pass; ``other``: the MLP of some layers.
     """
 
     decoder: Decoder
     steps: Steps
     recompute: bool
     loss_tile_rows: int | None
+    other: TrainedMlp | None = None
 
     def weights(self) -> tuple[Weights, Weights]:
         """The trained weights of a layer, and those outside the layers."""
@@ -410,7 +439,13 @@ class Training:
         self.steps.declare_norm(builder)
         by_layer, shared = self.weights()
         every = range(self.decoder.model.n_layers)
-        for weights, layers in ((by_layer, every), (self._adapters(), every), (shared, None)):
+        groups: list[tuple[Weights, Sequence[int] | None]] = [
+            (by_layer, every), (self._adapters(), every), (shared, None)
+        ]  # fmt: skip
+        if self.other is not None:
+            groups.append((self.other.weights(), self.other.layers))
+            self.other.declare_grad(builder, rows)
+        for weights, layers in groups:
             for name, shape in weights.items():
                 self.steps.declare(builder, name, shape, layers=layers)
 
@@ -426,35 +461,47 @@ class Training:
         backward.head(head, tile_rows=self.loss_tile_rows)
         out.append((head, -1))
         _, shared = self.weights()
-        # Nothing below the first layer is trained but the embedding.
-        above, first = add(range(1, n_layers)), add((0,))
-        again = add(range(n_layers), Phase.RECOMPUTE)
-        for segment, to_input in ((above, True), (first, "embedding" in shared)):
-            backward.layer(segment, to_input=to_input)
-        if self.recompute:
-            self.decoder.emit_layer(again, None)
+        special = () if self.other is None else tuple(self.other.layers)
+        plain = tuple(layer for layer in range(n_layers) if layer not in special)
+        again: dict[int, Segment] = {}
+        back: dict[int, Segment] = {}
+        for layers, other in ((plain, None), (special, self.other)):
+            # Nothing below the first layer is trained but the embedding.
+            for chosen in (tuple(layer for layer in layers if layer), tuple(layer for layer in layers if not layer)):
+                segment = add(chosen)
+                if chosen:
+                    backward.layer(segment, to_input=chosen[0] > 0 or "embedding" in shared, other=other)
+                back |= dict.fromkeys(chosen, segment)
+            if layers and self.recompute:
+                segment = add(layers, Phase.RECOMPUTE)
+                self.decoder.emit_layer(segment, other)
+                again |= dict.fromkeys(layers, segment)
         for layer in reversed(range(n_layers)):
             if self.recompute:
-                out.append((again, layer))
-            out.append((above if layer else first, layer))
+                out.append((again[layer], layer))
+            out.append((back[layer], layer))
         if "embedding" in shared:
             bottom = add(())
+            if self.other is not None:
+                self.other.emit_grad_end(bottom)
             backward.embedding(bottom)
             out.append((bottom, -1))
         for norm in (True, False) if self.steps.clip else (False,):
-            out += self._steps(add(range(n_layers)), add(()), norm=norm)
+            out += self._steps(add(range(n_layers)), add(special), add(()), norm=norm)
         return out
 
-    def _steps(self, layers: Segment, outside: Segment, *, norm: bool) -> list[tuple[Segment, int]]:
-        """One pass over all gradients: their norm, or the steps."""
+    def _steps(self, layers: Segment, special: Segment, outside: Segment, *, norm: bool) -> list[tuple[Segment, int]]:
+        """One pass over all gradients: their norm, or the steps. ``special``: layers that have another MLP."""
         by_layer, shared = self.weights()
-        for segment, weights in ((layers, by_layer), (outside, shared)):
+        more = {} if self.other is None else self.other.weights()
+        for segment, weights in ((layers, by_layer), (special, more), (outside, shared)):
             for name, shape in weights.items():
                 (self.steps.emit_norm if norm else self.steps.emit)(segment, name, shape)
         adapters = self._adapters()
         if adapters:  # so small that a launch for each would be most of the time
             (self.steps.emit_norm_of_all if norm else self.steps.emit_all)(layers, adapters)
         out = [(layers, layer) for layer in layers.layers if by_layer or adapters]
+        out += [(special, layer) for layer in special.layers]
         return out + ([(outside, -1)] if shared else [])
 
     def _adapters(self) -> Weights:

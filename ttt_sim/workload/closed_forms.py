@@ -8,6 +8,7 @@ fast-weight bytes per sequence. Formats are given by name; an ideal 4-bit cache 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -353,3 +354,23 @@ def query_step_flops(model: Model, tokens: int, span: int, *, rank: int | None, 
     below = 2 * span * (d * (q + 2 * kv) + (0 if rank is None else rank * d))
     backward = frozen + core * 5 // 2 + (learns if rank is None else 2 * learns) - below
     return forward + backward + 4 * span * d * model.vocab_size + (forward if recompute else 0)
+
+
+# --- outer training of In-Place TTT -----------------------------------------------------------------------------------
+
+
+def outer_training_flops(model: Model, ttt: TTTSettings, tokens: int, *, recompute: bool) -> int:
+    """FLOPs of a step on one sequence of k chunks: that of all weights, and in every TTT layer k - 1 updates, each of
+    which has a backward pass of twice its FLOPs. The last chunk is padded in the products with the fast weights."""
+    chunks = -(-tokens // ttt.chunk_tokens)
+    times = 4 if recompute else 3
+    update = update_flops(model, replace(ttt, contraction="project_first"))
+    padding = 2 * (chunks * ttt.chunk_tokens - tokens) * model.d_model * model.d_ff
+    extra = len(ttt.layers_of(model)) * times * ((chunks - 1) * update + padding)
+    return training_flops(model, tokens, recompute=recompute) + extra
+
+
+def fast_list_bytes(model: Model, ttt: TTTSettings, tokens: int) -> Fraction:
+    """k d f e_f: the fast weights of all chunks of one sequence, in one TTT layer. A scan reads and writes as much."""
+    chunks = -(-tokens // ttt.chunk_tokens)
+    return chunks * model.d_model * model.d_ff * element_bytes(ttt.fast_dtype)

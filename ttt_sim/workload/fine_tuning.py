@@ -15,7 +15,7 @@ from ttt_sim.model import KVSettings, MethodSettings, Model, Scenario, TTTSettin
 from ttt_sim.ops import Trace
 from ttt_sim.units import ceil_div
 from ttt_sim.workload.attention import kv_bytes
-from ttt_sim.workload.backward import ATTENTION_PRODUCTS, MLP_PRODUCTS, Optimiser, Steps, Training
+from ttt_sim.workload.backward import ATTENTION_PRODUCTS, MLP_PRODUCTS, Optimiser, Steps, TrainedMlp, Training
 from ttt_sim.workload.kv_cache import DEFAULT_KV_DTYPE
 from ttt_sim.workload.method import Method, State
 from ttt_sim.workload.transformer import Decoder, decoder_trace
@@ -53,13 +53,21 @@ def check_training(scenario: Scenario) -> None:
         raise UnsupportedError("training is modelled on one chip or a tensor-parallel group, without stages or cp")
 
 
-def training_of(decoder: Decoder, options: StepOptions) -> Training:
-    """The step of training that ``options`` describe."""
+def all_weights(model: Model) -> frozenset[str]:
+    """Names of all weights but norms'."""
+    head = () if model.tied_embeddings else ("lm_head",)
+    return frozenset((*ATTENTION_PRODUCTS, *MLP_PRODUCTS, "embedding", *head))
+
+
+def training_of(decoder: Decoder, options: StepOptions, *, other: TrainedMlp | None = None) -> Training:
+    """The step of training that ``options`` describe; ``other``: the MLP of some layers."""
     steps = Steps(
         optimiser=options.optimiser, master=options.master, clip=options.clip, dtype=decoder.dtype,
         grad_dtype=decoder.dtype,
     )  # fmt: skip
-    return Training(decoder=decoder, steps=steps, recompute=options.recompute, loss_tile_rows=options.loss_tile_rows)
+    return Training(
+        decoder=decoder, steps=steps, recompute=options.recompute, loss_tile_rows=options.loss_tile_rows, other=other
+    )
 
 
 def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
@@ -73,8 +81,7 @@ def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
     options = training_options(settings)
     if scenario.task == "train":
         check_training(scenario)
-        names = {*ATTENTION_PRODUCTS, *MLP_PRODUCTS, "embedding", *(() if model.tied_embeddings else ("lm_head",))}
-        decoder = Decoder.of(model, settings.kv, scenario, trained=frozenset(names))
+        decoder = Decoder.of(model, settings.kv, scenario, trained=all_weights(model))
         learner = training_of(decoder, options)
     meta: dict[str, object] = {
         "model": model.name, "method": settings.name, "kv": asdict(settings.kv), "ttt": None,
