@@ -199,13 +199,15 @@ class OuterMlp:
 
 
 def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
-    """A step of training.
+    """A step of training, or the calls of the trained model.
 
     Raises:
         ConfigError: settings without a rule for their backward pass.
         WorkloadError: sequences of one chunk, in which no update is applied.
         UnsupportedError: training on stages or context-parallel chips.
     """
+    if scenario.task != "train":
+        return in_place_ttt.trace(model, settings, scenario)
     ttt, options = settings.ttt, settings.options
     if ttt is None or not isinstance(options, StepOptions):
         raise ConfigError(f"method {settings.name} needs TTT settings and StepOptions and has {ttt!r}, {options!r}")
