@@ -74,7 +74,7 @@ class OpClass(IntEnum):
     ATTENTION = 1  # `batch` sequences, m query rows, n key rows, head width k, `pairs` visible pairs per sequence
     VECTOR = 2  # m rows of width n on vector units, streaming its operands
     COPY = 3  # moves bytes, computes nothing
-    SCAN = 4  # `batch` sequences x `heads` states of k x n (fp32), updated along m tokens in order
+    SCAN = 4  # `batch` sequences x `heads` states of k x n, updated along m tokens in order, `pairs` at a time
     COLLECTIVE = 5  # m elements move between `heads` chips, see TRANSFERS
 
 
@@ -126,8 +126,8 @@ OP_KINDS: tuple[OpKind, ...] = (
     OpKind("softmax", "M3", OpClass.VECTOR, "softmax of rows"),
     OpKind("gelu", "M4", OpClass.VECTOR, "GELU"),
     OpKind("quantise", "M5", OpClass.VECTOR, "quantisation of activations"),
-    OpKind("delta_rule", "M6", OpClass.SCAN, "gated delta rule in chunks: a fast-weight state per value head"),
-    OpKind("delta_step", "M6", OpClass.SCAN, "gated delta rule, one token"),
+    OpKind("delta_rule", "S6", OpClass.SCAN, "gated delta rule in chunks: a fast-weight state per value head"),
+    OpKind("delta_step", "S6", OpClass.SCAN, "gated delta rule, one token"),
     OpKind("allreduce", "P1", OpClass.COLLECTIVE, "sum over the chips of a group"),
     OpKind("allgather", "P2", OpClass.COLLECTIVE, "parts of all chips of a group, side by side"),
     OpKind("stage_send", "P3", OpClass.COLLECTIVE, "activations to the chips of the next layers"),
@@ -157,6 +157,25 @@ OP_KINDS: tuple[OpKind, ...] = (
     OpKind("own_proj", "L3", OpClass.MATMUL, "projection with a weight that each sequence has its own copy of"),
     OpKind("weight_scan", "T1", OpClass.VECTOR, "running sums of the deltas of all chunks, or of gradients of weights"),
     OpKind("conv_grad", "T2", OpClass.VECTOR, "depthwise convolution of the targets, backward"),
+    OpKind("in_proj", "S1", OpClass.MATMUL, "all inputs of a state layer, side by side"),
+    OpKind("short_conv", "S2", OpClass.VECTOR, "causal convolution of four taps and SiLU"),
+    OpKind("l2_norm", "S3", OpClass.VECTOR, "rows to unit length"),
+    OpKind("state_gates", "S4", OpClass.VECTOR, "rates and decays of a state layer"),
+    OpKind("gated_norm", "S5", OpClass.VECTOR, "RMSNorm and SiLU gate of a state layer's output"),
+    OpKind("ssm_scores", "S7", OpClass.MATMUL, "outputs with inputs of a chunk (Mamba2), one for all heads"),
+    OpKind("ssm_mix", "S8", OpClass.MATMUL, "decayed scores times values of a chunk (Mamba2)"),
+    OpKind("ssm_states", "S9", OpClass.MATMUL, "what a chunk adds to the states (Mamba2)"),
+    OpKind("state_pass", "S10", OpClass.VECTOR, "states from chunk to chunk (Mamba2)"),
+    OpKind("ssm_read", "S11", OpClass.MATMUL, "outputs of a chunk from the states before it (Mamba2)"),
+    OpKind("ssm_step", "S12", OpClass.SCAN, "Mamba2, one token"),
+    OpKind("linear_update", "S13", OpClass.SCAN, "TTT-Linear: gradient steps of a linear model per head"),
+    OpKind("mlp_update", "S14", OpClass.SCAN, "TTT-MLP: gradient steps of an MLP per head"),
+    OpKind("memory_update", "S15", OpClass.SCAN, "Titans: gradient steps of an MLP with momentum and forgetting"),
+    OpKind("fast_gate_up", "S16", OpClass.MATMUL, "gate and up projection with fast weights"),
+    OpKind("fast_back", "S17", OpClass.MATMUL, "gradient of hidden rows through a fast weight"),
+    OpKind("muon_product", "S18", OpClass.MATMUL, "product of a Newton-Schulz iteration"),
+    OpKind("norm_write", "S19", OpClass.VECTOR, "add of a gradient and norm of the rows of a fast weight"),
+    OpKind("branch_join", "S20", OpClass.VECTOR, "RMSNorm, gain and sum of the outputs of two branches"),
 )
 #: Kinds that no method emits: ops of which latencies are published, simulated one by one.
 MEASURED_ALONE: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("M"))
@@ -197,7 +216,8 @@ class Trace:
     of the chunk of the sequence, -1 for ops that belong to none; ``step`` index of the call in the scenario;
     ``position`` tokens before that call; ``dtype`` index into :data:`DTYPES` of the multiplied operands; ``batch, m, n,
     k`` as :class:`OpClass` says; ``heads, kv_heads, pairs`` for attention, ``heads`` also for scans and collectives,
-    else 0 (``pairs``: visible query-key pairs per sequence); ``flops`` multiply-adds counted as two; ``vector_ops``
+    else 0 (``pairs``: visible query-key pairs per sequence; of scans the tokens of a chunk, 0 where they go token by
+    token); ``flops`` multiply-adds counted as two; ``vector_ops``
     lane operations, of which ``exp_ops, rsqrt_ops, div_ops`` are transcendental, reciprocal root and divide.
 
     Operands are kept as CSR columns: op i reads entries ``read_ptr[i]:read_ptr[i+1]`` of (``read_tensor``,
@@ -304,6 +324,13 @@ LANE_COST: Mapping[str, LaneCost] = {
     "latent_norm": LaneCost(lanes=4, rsqrt_per_row=1),
     "weight_scan": LaneCost(lanes=2),
     "conv_grad": LaneCost(flops=20),  # five taps, a multiply-add each, for the targets and for the taps
+    "short_conv": LaneCost(lanes=4, exp=1, div=1, flops=8),  # four taps, a multiply-add each
+    "l2_norm": LaneCost(lanes=3, rsqrt_per_row=1),
+    "state_gates": LaneCost(lanes=6, exp=2, div=1),
+    "gated_norm": LaneCost(lanes=9, exp=1, div=1, rsqrt_per_row=1),
+    "state_pass": LaneCost(lanes=2),
+    "norm_write": LaneCost(lanes=5, rsqrt_per_row=1),
+    "branch_join": LaneCost(lanes=5, rsqrt_per_row=1),
 }
 #: Lane operations per visible pair and head, one of them an exponential.
 _PAIR_LANES: Mapping[str, int] = {"attention": 5, "attention_grad": 6}
@@ -317,6 +344,80 @@ class OpCost(NamedTuple):
     exp_ops: Num
     rsqrt_ops: Num
     div_ops: Num
+
+
+class ScanRule(NamedTuple):
+    """What a scan does with every chunk of c tokens, for each state.
+
+    ``products``: letters (rows, columns, depth) out of c, n and k; those with c twice are among the tokens of a chunk
+    and fall away where a scan goes token by token. ``triangular`` ones take half. ``stages``: products from one state
+    to the next of which each needs the one before. A state is ``states`` matrices of k x n. Lane operations:
+    ``state_lanes`` per element of it and chunk, ``pair_lanes`` per pair of tokens of a chunk, ``n_lanes`` and
+    ``k_lanes`` per token and n or k, of which ``n_exp`` exponentials; ``roots`` per token.
+    """
+
+    products: tuple[str, ...]
+    stages: int
+    triangular: tuple[str, ...] = ()
+    states: int = 1
+    state_lanes: int = 0
+    pair_lanes: int = 0
+    n_lanes: int = 0
+    k_lanes: int = 0
+    n_exp: int = 0
+    roots: int = 0
+
+
+# Correction, output and update of the state; keys with keys and with queries, output from the chunk, the solve.
+_DELTA_RULE = ScanRule(products=("cnk", "cnk", "knc", "cck", "cck", "cnc"), triangular=("ccn", "cck"), stages=2)
+#: The rule of every kind of class SCAN.
+SCAN_RULE: Mapping[str, ScanRule] = {
+    "delta_rule": _DELTA_RULE,
+    "delta_step": _DELTA_RULE,
+    # step and decay per element as in the published kernel
+    "ssm_step": ScanRule(products=("cnk", "knc"), stages=1, state_lanes=2),
+    # K W, its update, Q W; queries with keys, times gradients. LayerNorm forward, backward and of the output.
+    "linear_update": ScanRule(
+        products=("cnk", "knc", "cnk", "cck", "cnc"), stages=2, pair_lanes=2, n_lanes=26, roots=2
+    ),
+    # The same for two matrices, and the gradient back through the second; GELU twice forward and once backward.
+    "mlp_update": ScanRule(
+        products=("cnk", "ckn", "cnk", "knc", "nkc", "cnk", "ckn", "cck", "cnc", "ccn", "ckc"), stages=4, states=2,
+        pair_lanes=4, n_lanes=28, n_exp=3, k_lanes=26, roots=2,
+    ),
+    "memory_update": ScanRule(
+        products=("cnk", "ckn", "cnk", "knc", "nkc", "cnk", "ckn", "cck", "cnc", "ccn", "ckc"), stages=4, states=4,
+        state_lanes=2, pair_lanes=4, n_lanes=28, n_exp=3, k_lanes=2,
+    ),
+}  # fmt: skip
+
+
+def scan_chunks(m: int, chunk: int) -> list[tuple[int, int]]:
+    """(tokens, times) of the chunks of ``m`` tokens, whole ones and the rest; ``chunk`` 0: token by token, (0, m)."""
+    full, rest = divmod(m, max(chunk, 1))
+    return [(size, times) for size, times in ((chunk, full), (rest, int(rest > 0))) if times]
+
+
+def scan_products(kind: str, *, n: int, k: int, chunk: int) -> list[tuple[tuple[int, int, int], bool]]:
+    """((rows, columns, depth), half of it) of each product of a chunk; ``chunk`` 0: one token by itself."""
+    rule, size = SCAN_RULE[kind], {"c": max(chunk, 1), "n": n, "k": k}
+    return [
+        ((size[name[0]], size[name[1]], size[name[2]]), half)
+        for names, half in ((rule.products, False), (rule.triangular, True))
+        for name in names
+        if chunk or name.count("c") < 2
+    ]
+
+
+def _scan_cost(kind: str, *, states: int, m: int, n: int, k: int, chunk: int, extra_lanes: Num) -> OpCost:
+    rule, flops, lanes = SCAN_RULE[kind], 0, 0
+    for size, times in scan_chunks(m, chunk):
+        for (rows, cols, depth), half in scan_products(kind, n=n, k=k, chunk=size):
+            flops += times * rows * cols * depth * (1 if half else 2)
+        lanes += times * (rule.state_lanes * rule.states * n * k + rule.pair_lanes * size * size)
+    lanes += m * (rule.n_lanes * n + rule.k_lanes * k + rule.roots)
+    exps, roots = m * rule.n_exp * n, m * rule.roots
+    return OpCost(states * flops, states * lanes + extra_lanes, states * exps, states * roots, 0)
 
 
 def op_cost(
@@ -334,8 +435,10 @@ def op_cost(
         return OpCost(2 * ATTENTION_PRODUCTS[kind] * k * scores, _PAIR_LANES[kind] * scores + extra_lanes, scores, 0, 0)
     if op_class in (OpClass.COPY, OpClass.COLLECTIVE):
         return OpCost(0, extra_lanes, 0, 0, 0)
-    if op_class == OpClass.SCAN:  # per token and state: k^T S, the outer product and q^T S
-        return OpCost(6 * batch * heads * m * n * k, extra_lanes, 0, 0, 0)
+    if op_class == OpClass.SCAN:
+        return _scan_cost(
+            kind, states=batch * heads, m=int(m), n=int(n), k=int(k), chunk=int(pairs), extra_lanes=extra_lanes
+        )
     rule, rows, elements = LANE_COST[kind], batch * m, batch * m * n
     per_row = rule.lanes_per_row + rule.rsqrt_per_row + rule.exp_per_row + rule.div_per_row
     return OpCost(

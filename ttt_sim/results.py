@@ -110,11 +110,13 @@ class Result:
     def label_index(self) -> tuple[IntArray, list[str]]:
         """(index of each kernel's label, labels): the names of the op kinds in a kernel joined by +."""
         kernels = self.lowered.kernels
-        kinds = np.zeros(kernels.n, dtype=np.int64)  # one bit per kind
-        np.bitwise_or.at(kinds, kernels.of_op, np.int64(1) << self.trace.kind)
+        present, place = np.unique(self.trace.kind, return_inverse=True)
+        kinds = np.zeros(kernels.n, dtype=np.int64)  # one bit per kind of the trace
+        np.bitwise_or.at(kinds, kernels.of_op, np.int64(1) << place.reshape(-1).astype(np.int64))
         sets, index = np.unique(kinds, return_inverse=True)
         names = [
-            "+".join(kind.name for code, kind in enumerate(OP_KINDS) if bits >> code & 1) for bits in sets.tolist()
+            "+".join(OP_KINDS[code].name for bit, code in enumerate(present.tolist()) if bits >> bit & 1)
+            for bits in sets.tolist()
         ]
         return index.astype(np.int64).reshape(-1), names
 

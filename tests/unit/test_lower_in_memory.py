@@ -342,12 +342,18 @@ def test_other_matrix_units_are_refused(execution):
         lower(gemm_trace(4, 64, 64), chip("tiny_gpu", execution=execution))
 
 
-def test_recurrent_scans_are_refused():
+def test_scans_run_on_lanes_or_not_at_all():
     t = HandTrace()
     t.tensor("q", 4096, exists=True)
     t.op("delta_rule", m=16, n=16, k=16, heads=1, reads=[("q", 0, 4096)])
-    with pytest.raises(UnsupportedError, match=r"tiny_cim: the workload has recurrent scans \(delta_rule\)"):
-        lower(t.build(), cim())
+    work = lower(t.build(), cim()).work
+    assert work.lane_ops[0] == 3 * 16 * 16 * 16  # half of the FLOPs: multiply-adds
+    assert work.cycles[0, VECTOR] == -(-3 * 16 * 16 * 16 // 64)
+    assert work.cycles[0, MATRIX] == 0
+    base = cim()
+    without = replace(base, units=tuple(unit for unit in base.units if unit.kind == "matrix"))
+    with pytest.raises(UnsupportedError, match="delta_rule changes a state as it goes, which needs a vector unit"):
+        lower(t.build(), without)
 
 
 def test_a_dtype_without_a_peak_is_refused():

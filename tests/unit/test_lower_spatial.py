@@ -318,13 +318,22 @@ def test_every_method_obeys_the_laws(variant, method, phase, engine):
 # --- what cannot run --------------------------------------------------------------------------------------------------
 
 
-def test_recurrent_scans_are_refused():
+def test_scans_run_chunk_after_chunk():
+    """Gated delta rule, 40 tokens in chunks of 16 on two states of 16 x 32: two whole chunks and one of 8 tokens."""
     t = HandTrace()
     t.weight("qkv", 1024)
     t.tensor("out", 1024)
-    t.op("delta_rule", m=16, n=16, k=16, heads=2, reads=[("qkv", 0, 1024)], writes=[("out", 0, 1024)])
-    with pytest.raises(ConfigError, match=r"recurrent scans \(delta_rule\), which spatial arrays have no rule for"):
-        lower(t.build(), tiny())
+    t.op("delta_rule", m=40, n=32, k=16, heads=2, pairs=16, reads=[("qkv", 0, 1024)], writes=[("out", 0, 1024)])
+    expected = 0
+    for tokens, times in ((16, 2), (8, 1)):
+        whole = [(tokens, 32, 16), (tokens, 32, 16), (16, 32, tokens), (tokens, tokens, 16), (tokens, tokens, 16),
+                 (tokens, 32, tokens)]  # fmt: skip
+        solve = [(tokens, tokens, 32), (tokens, tokens, 16)]
+        for shapes, share in ((whole, 1), (solve, 2)):
+            for m, n, k in shapes:
+                cycles = product(tiny(), m=m, n=n, k=k, batch=2, dtype="bf16").matrix_cycles
+                expected += times * -(-cycles // share)
+    assert lower(t.build(), tiny()).work.cycles[0, MATRIX] == expected
 
 
 def test_a_matrix_unit_is_needed():

@@ -15,11 +15,11 @@ from ttt_sim.chip import Chip
 from ttt_sim.dtypes import DTYPE_BITS
 from ttt_sim.errors import UnsupportedError
 from ttt_sim.lower.kernels import Kernels
-from ttt_sim.lower.levels import add_attention, add_products, finish, no_work, refuse_scans
+from ttt_sim.lower.levels import Work, add_attention, add_products, finish, no_work
 from ttt_sim.lower.tiles import AttentionWork, TileWork, attention_share, ceil_float, flops_per_cycle, visible_keys
 from ttt_sim.lower.traffic import Traffic
 from ttt_sim.lower.work import KernelWork
-from ttt_sim.ops import OP_KINDS, IntArray, Trace, total_by
+from ttt_sim.ops import OP_KINDS, IntArray, OpClass, Trace, op_classes, total_by
 from ttt_sim.units import ceil_div
 
 #: What a product multiplies with: a stored matrix, one written into the arrays for it, or nothing (vector lanes).
@@ -30,10 +30,8 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     """Cost of every kernel of ``trace`` on ``chip``; for event-driven chips the launch is the barrier of a time step.
 
     Raises:
-        UnsupportedError: the chip lacks a unit, dtype or link that the trace needs, or the trace has recurrent scans,
-            for which there is no rule.
+        UnsupportedError: the chip lacks a unit, dtype or link that the trace needs.
     """
-    refuse_scans(trace, chip, "computing in memory")
     placed = traffic.placement
     if placed.on_lanes.any() and not chip.has_unit("vector"):
         kind = OP_KINDS[int(trace.kind[np.flatnonzero(placed.on_lanes)[0]])].name
@@ -52,7 +50,18 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     add_products(trace, kernels, work, by_op, choose)
     add_attention(trace, chip, kernels, work, attention, among=~placed.on_lanes)
     add_attention(trace, chip, kernels, work, _attention_on_lanes, among=placed.on_lanes)
+    _add_scans(trace, chip, kernels, work)
     return finish(trace, chip, kernels, traffic, work)
+
+
+def _add_scans(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> None:
+    """Scans: a state that changes with every token or chunk is not put into the arrays, vector lanes work on it."""
+    scans = np.flatnonzero(op_classes(trace) == int(OpClass.SCAN))
+    if scans.size and not chip.has_unit("vector"):
+        kind = OP_KINDS[int(trace.kind[scans[0]])].name
+        raise UnsupportedError(f"{chip.name}: {kind} changes a state as it goes, which needs a vector unit")
+    work["on_lanes"][scans] = 1
+    np.add.at(work["steps"], kernels.of_op[scans], (trace.batch * trace.m)[scans])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

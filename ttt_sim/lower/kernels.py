@@ -53,6 +53,8 @@ _ROW_CHAINS: tuple[tuple[str, str], ...] = (
     ("mlp_residual", "attn_norm"),
     ("mlp_residual", "final_norm"),
     ("delta_scale", "weight_write"),
+    ("short_conv", "l2_norm"),
+    ("l2_norm", "state_gates"),
 )
 #: Element-wise ops that a GEMM can apply to its output tile before storing it.
 _EPILOGUES: tuple[tuple[str, str], ...] = (

@@ -32,6 +32,8 @@ from ttt_sim.ops import (
     overwritten,
     owners,
     query_bytes,
+    scan_chunks,
+    scan_products,
     total_by,
 )
 from ttt_sim.units import ceil_div
@@ -53,16 +55,6 @@ def no_work(trace: Trace, kernels: Kernels) -> Work:
     work = {name: np.zeros(kernels.n, dtype=np.int64) for name in _COLUMNS}
     work["on_lanes"] = np.zeros(trace.n_ops, dtype=np.int64)
     return work | {f"op_{name}": np.zeros(trace.n_ops, dtype=np.int64) for name in OpTiles.__slots__}
-
-
-def refuse_scans(trace: Trace, chip: Chip, machine: str) -> None:
-    """Raise :class:`UnsupportedError` if the trace has recurrent scans; ``machine`` has no rule for them."""
-    scans = np.flatnonzero(op_classes(trace) == int(OpClass.SCAN))
-    if scans.size:
-        kind = OP_KINDS[int(trace.kind[scans[0]])].name
-        raise UnsupportedError(
-            f"{chip.name}: the workload has recurrent scans ({kind}), which {machine} have no rule for"
-        )
 
 
 def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: Work) -> KernelWork:
@@ -347,6 +339,31 @@ def add_products(
     _note(work, matmul, inverse[merged], chosen)
     before = np.cumsum(trace.n[matmul]) - trace.n[matmul]  # columns of all ops before
     work["op_offset"][matmul] = before - before[new][merged]
+
+
+def add_scans(
+    trace: Trace, kernels: Kernels, work: Work, choose: Callable[[int, int, int, int, str], TileWork]
+) -> None:
+    """Add the scans: chunk after chunk, and every product of a chunk mapped like any other, one after the other.
+
+    ``choose(m, n, k, batch, dtype)`` maps one product of all states.
+    """
+    for op in np.flatnonzero(op_classes(trace) == int(OpClass.SCAN)):
+        kernel, states = kernels.of_op[op], int(trace.batch[op] * trace.heads[op])
+        kind, n, k = OP_KINDS[int(trace.kind[op])].name, int(trace.n[op]), int(trace.k[op])
+        chosen: list[TileWork] = []
+        for size, times in scan_chunks(int(trace.m[op]), int(trace.pairs[op])):
+            for (rows, cols, depth), half in scan_products(kind, n=n, k=k, chunk=size):
+                tile = choose(rows, cols, depth, states, DTYPES[int(trace.dtype[op])])
+                for column, value in (
+                    ("cache_bytes", tile.cache_bytes), ("core_bytes", tile.core_bytes), ("steps", tile.steps),
+                    ("matrix", tile.matrix_cycles), ("link", tile.link_cycles), ("extra", tile.extra_cycles),
+                ):  # fmt: skip
+                    work[column][kernel] += times * (ceil_div(value, 2) if half else value)
+                chosen.append(tile)
+        largest = max(chosen, key=lambda tile: tile.matrix_cycles)
+        work["items"][kernel], work["waves"][kernel], work["split"][kernel] = largest.items, largest.waves, 1
+        work["rows"][kernel], work["cols"][kernel] = largest.tile
 
 
 def add_attention(

@@ -16,7 +16,7 @@ from ttt_sim.chip import Chip, Link
 from ttt_sim.dtypes import DTYPE_BITS
 from ttt_sim.lower import systolic
 from ttt_sim.lower.kernels import Kernels
-from ttt_sim.lower.levels import Work, add_attention, add_products, finish, no_work, refuse_scans
+from ttt_sim.lower.levels import Work, add_attention, add_products, add_scans, finish, no_work
 from ttt_sim.lower.tiles import (
     ACCUMULATOR_BYTES,
     AttentionWork,
@@ -43,10 +43,8 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     """Cost of every kernel of ``trace`` on ``chip``.
 
     Raises:
-        UnsupportedError: the chip lacks a unit, dtype or link that the trace needs, or the trace has recurrent scans,
-            for which there is no rule.
+        UnsupportedError: the chip lacks a unit, dtype or link that the trace needs.
     """
-    refuse_scans(trace, chip, "spatial arrays")
     work = no_work(trace, kernels)
     if chip.unit("matrix").dataflow == "weight_stationary":
         systolic.add_array_work(trace, chip, kernels, work)
@@ -57,6 +55,7 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
 
         add_products(trace, kernels, work, np.zeros(trace.n_ops, dtype=np.int64), choose)
         add_attention(trace, chip, kernels, work, attention)
+        add_scans(trace, kernels, work, lambda m, n, k, batch, dtype: choose(m, n, k, batch, dtype, 0))
     _add_row_hops(trace, chip, kernels, work)
     return finish(trace, chip, kernels, traffic, work)
 

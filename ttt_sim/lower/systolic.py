@@ -15,7 +15,7 @@ import numpy as np
 from ttt_sim.chip import Chip
 from ttt_sim.dtypes import DTYPE_BITS
 from ttt_sim.lower.kernels import Kernels
-from ttt_sim.lower.levels import Work, add_attention, add_products, finish, no_work, refuse_scans
+from ttt_sim.lower.levels import Work, add_attention, add_products, add_scans, finish, no_work
 from ttt_sim.lower.tiles import (
     AttentionWork,
     TileWork,
@@ -39,17 +39,15 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
     """Cost of every kernel of ``trace`` on ``chip``.
 
     Raises:
-        UnsupportedError: the chip lacks a unit, dtype or link that the trace needs, or the trace has recurrent scans,
-            for which there is no rule.
+        UnsupportedError: the chip lacks a unit, dtype or link that the trace needs.
     """
-    refuse_scans(trace, chip, "systolic arrays")
     work = no_work(trace, kernels)
     add_array_work(trace, chip, kernels, work)
     return finish(trace, chip, kernels, traffic, work)
 
 
 def add_array_work(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> None:
-    """Add all products and attention cores of ``trace``, on weight-stationary arrays."""
+    """Add all products, attention cores and scans of ``trace``, on weight-stationary arrays."""
 
     def choose(m: int, n: int, k: int, batch: int, dtype: str, turned: int) -> TileWork:
         return product(chip, m=m, n=n, k=k, batch=batch, dtype=dtype, turned=bool(turned))
@@ -57,6 +55,7 @@ def add_array_work(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> No
     turned = np.array([kind.name in TURNED for kind in OP_KINDS], dtype=np.int64)[trace.kind]
     add_products(trace, kernels, work, turned, choose)
     add_attention(trace, chip, kernels, work, attention)
+    add_scans(trace, kernels, work, lambda m, n, k, batch, dtype: choose(m, n, k, batch, dtype, 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

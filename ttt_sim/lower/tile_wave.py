@@ -22,11 +22,13 @@ from ttt_sim.lower.levels import (
 from ttt_sim.lower.tiles import TileWork, attention, ceil_float, gemm, product_rate
 from ttt_sim.lower.traffic import Traffic
 from ttt_sim.lower.work import KernelWork
-from ttt_sim.ops import KIND, OpClass, Trace, op_classes
+from ttt_sim.ops import OP_KINDS, SCAN_RULE, OpClass, Trace, op_classes
 from ttt_sim.units import ceil_div
 
 #: Bytes of an element of a recurrent state (fp32).
 STATE_BYTES = 4
+#: Elements of a state that one core works on; the columns of a larger one are shared out. Measured states are as large.
+CHAIN_ELEMENTS = 128 * 128
 
 
 def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) -> KernelWork:
@@ -54,19 +56,26 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
 
 
 def _scans(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> None:
-    """Recurrent chains: one core per sequence and state, chunks of tokens strictly in order, chains in waves."""
+    """Recurrent chains: one core per state (or part of it), chunks of tokens strictly in order, chains in waves."""
     rules = chip.library
     for op in np.flatnonzero(op_classes(trace) == int(OpClass.SCAN)):
-        chains, tokens = int(trace.batch[op] * trace.heads[op]), int(trace.m[op])
+        kind, tokens, chunk = OP_KINDS[int(trace.kind[op])].name, int(trace.m[op]), int(trace.pairs[op])
+        states, elements = int(trace.batch[op] * trace.heads[op]), int(trace.n[op] * trace.k[op])
+        rule, rate = SCAN_RULE[kind], product_rate(chip, DTYPES[int(trace.dtype[op])])
+        chains = states * (ceil_div(elements, CHAIN_ELEMENTS) if kind == "delta_rule" else 1)
         kernel, waves = kernels.of_op[op], ceil_div(chains, chip.cores)
-        rate = product_rate(chip, DTYPES[int(trace.dtype[op])])
         busy = ceil_float(int(trace.flops[op]) / rate)
-        steps = waves * ceil_div(tokens, rules.scan_chunk_tokens)
-        if trace.kind[op] == KIND["delta_rule"]:
-            chain = rules.scan_start_cycles + rules.scan_chunk_cycles * ceil_div(tokens, rules.scan_chunk_tokens)
-            busy = max(busy, waves * chain)
+        if kind == "delta_rule" or tokens > 1:
+            size = max(chunk, 1)
+            if kind == "delta_rule":
+                size, each = min(chunk or rules.scan_chunk_tokens, rules.scan_chunk_tokens), rules.scan_chunk_cycles
+            else:
+                work_of_chunk = int(trace.flops[op]) * chip.cores / (states * ceil_div(tokens, size) * rate)
+                each = rule.stages * _stage_cycles(chip, rate / chip.cores) + ceil_float(work_of_chunk)
+            steps = waves * ceil_div(tokens, size)
+            busy = max(busy, waves * rules.scan_start_cycles + steps * each)
         else:  # one token: the states stream through the cores
-            state = 2 * STATE_BYTES * chains * int(trace.n[op] * trace.k[op])
+            state = 2 * STATE_BYTES * rule.states * states * elements
             steps = ceil_div(state, chip.cores * STREAM_STEP_BYTES)
             work["extra"][kernel] += rules.scan_setup_cycles
             if rules.scan_fetch_bytes_per_cycle:
@@ -74,3 +83,12 @@ def _scans(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> None:
         work["matrix"][kernel] += busy
         work["items"][kernel], work["waves"][kernel], work["split"][kernel] = chains, waves, 1
         work["steps"][kernel] += steps
+
+
+def _stage_cycles(chip: Chip, core_rate: float) -> int:
+    """Cycles that one of the dependent products of a chunk waits, beside its FLOPs: what is left of a chunk of the
+    delta rule after the work of one core on it, over its stages."""
+    rules = chip.library
+    flops = 6 * rules.scan_chunk_tokens * CHAIN_ELEMENTS
+    waiting = rules.scan_chunk_cycles - ceil_float(flops / core_rate)
+    return max(waiting // SCAN_RULE["delta_rule"].stages, chip.unit("matrix").startup_cycles)

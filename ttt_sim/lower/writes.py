@@ -14,6 +14,9 @@ BoolArray = npt.NDArray[np.bool_]
 #: State of which a call may store a few rows.
 _GROWING = (Role.FAST_WEIGHT, Role.KV, Role.CARRY)
 
+#: Updates of a model with a hidden layer.
+_THROUGH_LAYERS = ("mlp_update", "memory_update", "fast_back")
+
 
 def writes_fast_weight(trace: Trace) -> BoolArray:
     """Whether each op writes a fast weight, (n_ops,)."""
@@ -38,6 +41,11 @@ def check_mode(trace: Trace, chip: Chip) -> None:
             raise UnsupportedError(
                 f"{chip.name}: weights change by local rules only, and a gradient that came back through other layers "
                 "is not local"
+            )
+        if np.isin(trace.kind, [KIND[name] for name in _THROUGH_LAYERS]).any():
+            raise UnsupportedError(
+                f"{chip.name}: weights change by local rules only, and a gradient that came back through a hidden "
+                "layer is not local"
             )
         if (trace.kind == KIND["delta_norm"]).any():
             raise UnsupportedError(

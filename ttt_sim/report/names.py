@@ -28,18 +28,22 @@ _OTHER_STYLES: tuple[tuple[str, str], ...] = (("#CC79A7", "P"), ("#000000", "X")
 
 #: Groups of kernels: title, colour, the op kinds that put a kernel into it. The first group with a match wins.
 KERNEL_GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("weight write", "#B2182B", ("weight_write", "delta_write")),
+    ("weight write", "#B2182B", ("weight_write", "delta_write", "norm_write")),
     ("update: delta", "#F4A582", ("target_conv", "target_proj", "delta_gemm", "outer_gemm", "outer_proj", "delta_norm",
-                                  "delta_scale", "delta_sum", "online_update", "weight_scan", "conv_grad")),
-    ("fast-weight apply", "#E69F00", ("fast_apply", "fast_init", "adapter_down", "adapter_up", "own_proj")),
+                                  "delta_scale", "delta_sum", "online_update", "weight_scan", "conv_grad",
+                                  "fast_back", "muon_product")),
+    ("fast-weight apply", "#E69F00", ("fast_apply", "fast_init", "adapter_down", "adapter_up", "own_proj",
+                                      "fast_gate_up")),
     ("attention core", "#2166AC", ("attention", "join_parts", "kv_fetch")),
     ("attention projections", "#92C5DE", ("q_proj", "k_proj", "v_proj", "o_proj", "latent_proj", "latent_up",
-                                          "absorb_q", "absorb_out")),
+                                          "absorb_q", "absorb_out", "in_proj")),
     ("gate and up", "#1B7837", ("gate_proj", "up_proj")),
     ("down", "#A6DBA0", ("down_proj",)),
     ("LM head", "#9970AB", ("lm_head",)),
     ("carry", "#DDCC77", ("carry_append",)),
     ("between chips", "#B15928", ("allreduce", "allgather", "stage_send", "kv_ring", "delta_scan")),
+    ("state of fixed size", "#44AA99", ("delta_rule", "delta_step", "ssm_scores", "ssm_mix", "ssm_states", "state_pass",
+                                        "ssm_read", "ssm_step", "linear_update", "mlp_update", "memory_update")),
     ("norms, RoPE, residuals", "#C4C9CE", ()),
 )  # fmt: skip
 WHOLE_LAYER = ("whole layer, fused", "#7F8C8D")
@@ -90,7 +94,8 @@ def group_order() -> list[tuple[str, str]]:
     """Groups in the order in which stacks are drawn: forward work first, the update last."""
     by_title = {group[0]: (group[0], group[1]) for group in KERNEL_GROUPS}
     order = (
-        "attention core", "attention projections", "gate and up", "down", "fast-weight apply", "LM head",
+        "attention core", "state of fixed size", "attention projections", "gate and up", "down", "fast-weight apply",
+        "LM head",
         "norms, RoPE, residuals", "between chips", "carry", "update: delta", "weight write",
     )  # fmt: skip
     return [WHOLE_LAYER, *(by_title[title] for title in order)]

@@ -10,13 +10,16 @@ from ttt_sim.model import MethodSettings, Model, Scenario, shard
 from ttt_sim.ops import Trace
 from ttt_sim.workload.attention import check_kv
 from ttt_sim.workload.fine_tuning import FINE_TUNING
+from ttt_sim.workload.gated_deltanet import GATED_DELTANET
 from ttt_sim.workload.in_place_ttt import TTT, TTT_WINDOW
 from ttt_sim.workload.kv_cache import KV, KV_QUANT, KV_WINDOW
 from ttt_sim.workload.kv_forms import KV_OFFLOAD, KV_PAGED, KV_PREFIX
 from ttt_sim.workload.latent_attention import KV_MLA
 from ttt_sim.workload.lora import LORA, LORA_TTT
+from ttt_sim.workload.mamba2 import MAMBA2
 from ttt_sim.workload.method import Method, State
 from ttt_sim.workload.q_ttt import Q_TTT
+from ttt_sim.workload.ttt_layers import TTT_LINEAR, TTT_MLP
 from ttt_sim.workload.ttt_outer import TTT_OUTER
 
 __all__ = ["CONTEXT_METHODS", "METHODS", "Method", "State", "build_trace", "find_method", "state_per_sequence"]
@@ -37,6 +40,10 @@ METHODS: Mapping[str, Method] = {
     "lora_ttt": LORA_TTT,
     "q_ttt": Q_TTT,
     "ttt_outer": TTT_OUTER,
+    "gated_deltanet": GATED_DELTANET,
+    "mamba2": MAMBA2,
+    "ttt_linear": TTT_LINEAR,
+    "ttt_mlp": TTT_MLP,
 }
 #: Those that ``run``, ``compare`` and ``sweep`` know: a KV cache and In-Place TTT, in their forms.
 CONTEXT_METHODS: tuple[str, ...] = ("kv", "kv_window", "kv_quant", "ttt", "ttt_window")

@@ -255,6 +255,50 @@ def official_carry_traffic(model: Model, ttt: TTTSettings, dtype: str = "bf16") 
     return WriteBytes((ttt.chunk_tokens - 1) * row, (ttt.chunk_tokens + 1) * row)
 
 
+# --- states of fixed size ---------------------------------------------------------------------------------------------
+
+
+def delta_net_elements(heads: int, d_k: int, d_v: int) -> int:
+    """State of a layer of Gated DeltaNet."""
+    return heads * d_k * d_v
+
+
+def delta_net_step_ops(d_k: int, d_v: int) -> int:
+    """7 d_k d_v per head and token: decay, k^T S, outer product, q^T S."""
+    return 7 * d_k * d_v
+
+
+def delta_net_chunk_flops(chunk: int, d_k: int, d_v: int) -> int:
+    """One head: Q K^T and K K^T 4 c^2 d_k, solve c^2 (d_k + d_v), output within the chunk 2 c^2 d_v, state
+    6 c d_k d_v."""
+    return chunk * chunk * (4 * d_k + d_k + d_v + 2 * d_v) + 6 * chunk * d_k * d_v
+
+
+def mamba2_step_ops(head_dim: int, state_dim: int) -> int:
+    """6 n k per head and token: h <- a h + dt B x^T (four), y = C h (two)."""
+    return 6 * head_dim * state_dim
+
+
+def mamba2_chunk_flops(chunk: int, heads: int, head_dim: int, state_dim: int) -> int:
+    """All heads: C B^T once, its product with the values, the chunk's states, and what outputs read of earlier ones."""
+    return 2 * chunk * chunk * (state_dim + heads * head_dim) + 4 * chunk * heads * head_dim * state_dim
+
+
+def ttt_linear_flops(mini_batch: int, head_dim: int) -> int:
+    """6 b h^2 + 4 b^2 h, one head and mini-batch in the dual form."""
+    return 6 * mini_batch * head_dim**2 + 4 * mini_batch**2 * head_dim
+
+
+def ttt_mlp_flops(mini_batch: int, head_dim: int) -> int:
+    """56 b h^2 + 20 b^2 h with a hidden width of 4 h."""
+    return 56 * mini_batch * head_dim**2 + 20 * mini_batch**2 * head_dim
+
+
+def ttt_weights(layers: int, heads: int, head_dim: int, *, mlp: bool) -> int:
+    """Weights without biases: h^2, or 8 h^2 of an MLP."""
+    return layers * heads * head_dim**2 * (8 if mlp else 1)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from ttt_sim.errors import ConfigError, UnsupportedError
-from ttt_sim.model import KVSettings, MethodSettings, Model, Scenario, TTTSettings
+from ttt_sim.model import Call, KVSettings, MethodSettings, Model, Scenario, TTTSettings
 from ttt_sim.ops import Role, Trace
 from ttt_sim.workload.attention import dequantise_lanes, packed_bytes, visible_pairs
 from ttt_sim.workload.builder import Read, Segment, TraceBuilder, Write, n_bytes
@@ -57,6 +57,9 @@ class LatentAttention:
     decoder: Decoder
     scenario: Scenario
     options: LatentOptions
+
+    def shape_key(self, call: Call) -> tuple[int, ...]:
+        return ()
 
     def declare(self, builder: TraceBuilder) -> None:
         """Declare weights, the table of cosines and sines, and the cache."""

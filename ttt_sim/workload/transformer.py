@@ -45,6 +45,9 @@ class OtherMlp(Protocol):
 class Mixer(Protocol):
     """What stands in place of attention in all layers."""
 
+    def shape_key(self, call: Call) -> tuple[int, ...]:
+        """As of :class:`OtherMlp`."""
+
     def declare(self, builder: TraceBuilder) -> None:
         """Declare weights and state."""
 
@@ -323,7 +326,7 @@ def decoder_trace(
         learner.declare(builder, (scenario.batch, longest, decoder.model.d_model))
     special = tuple(other.layers) if other is not None else ()
     plain = tuple(layer for layer in range(decoder.model.n_layers) if layer not in special)
-    keys = [part.shape_key for part in (other, learner) if part is not None]
+    keys = [part.shape_key for part in (other, learner, decoder.mixer) if part is not None]
     if decoder.shared_tokens:
         scenario = replace(scenario, calls=tuple(_cut(scenario.calls, decoder.shared_tokens)))
         keys.append(lambda call: (int(call.position < decoder.shared_tokens),))
