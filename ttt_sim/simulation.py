@@ -237,11 +237,11 @@ def _scenario(point: Point) -> tuple[Scenario, DecodePlan | None]:
     if point.phase == "ask":
         scenario = Scenario.ask(held, point.question_tokens, batch=batch, dtype=point.dtype, parallel=point.parallel)
         return replace(scenario, taken_tokens=point.context_tokens), None
-    ttt = point.method.ttt
+    ttt, chunk = point.method.ttt, method.chunk_tokens(point.method)
     plan = decode_plan(
         held,
-        span_tokens=point.chunk_tokens if ttt is None else ttt.chunk_tokens,
-        chunk_tokens=None if ttt is None else ttt.chunk_tokens,
+        span_tokens=chunk or point.chunk_tokens,
+        chunk_tokens=chunk,
         window_tokens=point.method.kv.window_tokens,
         uneven_tokens=CONV_TAPS - 1 if ttt is not None and ttt.carry == "online" else 1,
     )
@@ -382,16 +382,15 @@ def call_tokens(point: Point) -> int:
 
 def rows_at_once(point: Point) -> int:
     """Most rows of a sequence that one call computes with: its tokens, or the whole chunk that a decode step runs the
-    MLP on again."""
-    ttt = point.method.ttt
-    if point.phase == "decode" and ttt is not None and ttt.carry in ("official", "ring"):
-        return ttt.chunk_tokens
+    MLP or fast weights on again."""
+    ttt, chunk = point.method.ttt, find_method(point.method.name).chunk_tokens(point.method)
+    if point.phase == "decode" and chunk is not None and (ttt is None or ttt.carry in ("official", "ring")):
+        return chunk
     return min(point.context_tokens, call_tokens(point))
 
 
 def _identity(point: Point) -> dict[str, object]:
     """Fields that say what was simulated, and the state that it keeps per sequence."""
-    ttt = point.method.ttt
     state = state_per_sequence(point.model, point.method, point.context_tokens, dtype=point.dtype)
     return {
         "chip": point.chip.name,
@@ -403,7 +402,7 @@ def _identity(point: Point) -> dict[str, object]:
         "batch": point.batch,
         "dtype": point.dtype,
         "kv_dtype": point.method.kv.dtype,
-        "chunk_tokens": None if ttt is None else ttt.chunk_tokens,
+        "chunk_tokens": find_method(point.method.name).chunk_tokens(point.method),
         "window_tokens": point.method.kv.window_tokens,
         "call_tokens": call_tokens(point),
         "chips": point.parallel.chips,

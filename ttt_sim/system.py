@@ -107,7 +107,7 @@ def least_system(
     states = [state_per_sequence(model, method, context_tokens, dtype=dtype) for method in methods]
     state = max(held.total_bytes - held.far_bytes for held in states)
     shared = max(held.shared_bytes for held in states)
-    updates = any(method.ttt is not None for method in methods)
+    updates = any(find_method(method.name).chunk_tokens(method) is not None for method in methods)
     if (
         weights + shared + batch * (state + _room(chip, model, rows, updates, dtype))
     ) * _ROUGH <= chip.main_memory.capacity_bytes:

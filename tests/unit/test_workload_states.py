@@ -11,14 +11,14 @@ from tests.unit.trace_tools import TOY, is_kind, kinds, one_call, totals
 from ttt_sim.errors import ConfigError, UnsupportedError
 from ttt_sim.grid import make_point
 from ttt_sim.model import Model, Parallel, Scenario
-from ttt_sim.ops import OP_KINDS, SCAN_RULE, OpClass, Role, Trace
+from ttt_sim.ops import OP_KINDS, SCAN_RULE, OpClass, Phase, Role, Trace, is_update
 from ttt_sim.simulation import simulate_point
 from ttt_sim.trace_check import verify
 from ttt_sim.workload import METHODS, build_trace, state_per_sequence
 from ttt_sim.workload import closed_forms as forms
 from ttt_sim.workload.method import set_options
 
-STATE_METHODS = ("gated_deltanet", "mamba2", "ttt_linear", "ttt_mlp")
+STATE_METHODS = ("gated_deltanet", "mamba2", "ttt_linear", "ttt_mlp", "titans")
 #: The width that published shapes are given for.
 WIDE = replace(TOY, d_model=2048, n_layers=24)
 
@@ -43,6 +43,8 @@ def state_elements(trace: Trace) -> int:
         ("mamba2", 1, 524_288),  # 64 heads, 64 x 128
         ("ttt_linear", 24, 24 * 32 * (64 * 64 + 64)),
         ("ttt_mlp", 24, 24 * 32 * (8 * 64 * 64 + 5 * 64)),
+        ("titans", 1, 2 * 32 * 8 * 64 * 64),  # memory and momentum
+        ("lact", 1, 3_145_728),  # 0.75 d^2
     ],
 )
 def test_published_element_counts(method: str, layers: int, elements: int) -> None:
@@ -104,6 +106,86 @@ def test_ttt_layers_by_mini_batch(method, kind, form) -> None:
     assert primal.flops == TOY.n_layers * 2 * heads * 37 * per_token
     step = totals(*_only(trace_of(method, one_call(9, 1, batch=2)), kind))
     assert step.flops == TOY.n_layers * 2 * heads * per_token
+
+
+def test_titans_is_ttt_mlp_in_larger_chunks_with_momentum() -> None:
+    heads, h, n = 4, 16, 64
+    scan = totals(*_only(trace_of("titans", one_call(0, 70, batch=2)), "memory_update"))
+    assert scan.flops == TOY.n_layers * 2 * heads * (forms.ttt_mlp_flops(64, h) + forms.ttt_mlp_flops(6, h))
+    # momentum and memory: two lane operations per element and chunk; 4 c^2 masks; GELU 28 n and error 2 h per token
+    lanes = 2 * 2 * 4 * n * h + 4 * (64**2 + 6**2) + 70 * (28 * n + 2 * h)
+    assert scan.vector_ops == TOY.n_layers * 2 * heads * lanes
+
+
+@pytest.mark.parametrize("expand", [1, 2])
+@pytest.mark.parametrize("muon", [True, False])
+def test_lact_by_chunk(expand: int, muon: bool) -> None:
+    """150 tokens in calls of 60, chunks of 40: three of them, and ten tokens that only apply."""
+    model = replace(TOY, d_model=128)
+    scenario = Scenario.prefill(130, batch=2, call_tokens=60)
+    trace = trace_of("lact", scenario, model, expand=str(expand), muon=str(muon).lower(), chunk_tokens="40")
+    elements = forms.lact_elements(model, 4, expand)
+    assert state_elements(trace) == model.n_layers * elements
+    applied = totals(trace, is_kind(trace, "fast_gate_up", "fast_apply") & (trace.phase == int(Phase.FORWARD)))
+    assert applied.flops == 130 * 2 * model.n_layers * 2 * elements
+    learned = totals(trace, is_kind(trace, "fast_gate_up", "fast_back", "delta_gemm") & is_update(trace))
+    assert learned.flops == 3 * 40 * 2 * model.n_layers * 4 * elements
+    assert 40 * 6 * elements == 40 * forms.lact_flops_per_token(model, 4, expand)
+    steps = totals(trace, is_kind(trace, "muon_product"))
+    assert steps.flops == (3 * 2 * model.n_layers * 4 * 3 * forms.muon_flops(32, expand) if muon else 0)
+    assert kinds(trace).count("norm_write") == 3 * model.n_layers
+    versions = sorted(set(trace.write_version[is_state(trace, "write")].tolist()))
+    assert versions == [0, 1, 2, 3]  # the copy of the start, and one per chunk
+
+
+def is_state(trace: Trace, column: str) -> np.ndarray:
+    names = np.array([t.name.endswith(".state") for t in trace.tensors])
+    return names[getattr(trace, f"{column}_tensor")]
+
+
+def test_lact_published_numbers() -> None:
+    model = replace(TOY, d_model=3072, n_layers=25)
+    assert model.n_layers * forms.lact_elements(model, 4) == 176_947_200  # 177 M, 354 MB in bf16
+    layer = 12 * forms.muon_flops(768)
+    assert layer == pytest.approx(163e9, rel=0.01)
+    assert layer / 4096 == pytest.approx(40e6, rel=0.01)  # per token of a chunk of 4096, against 42 M for the rest
+    assert forms.lact_flops_per_token(model, 4) == pytest.approx(42e6, rel=0.02)
+
+
+def test_lact_applies_a_chunk_before_it_learns_from_it() -> None:
+    trace = trace_of("lact", one_call(0, 80), chunk_tokens="40")
+    layer = trace.layer == 0
+    order = kinds(trace, layer & (is_kind(trace, "fast_apply", "norm_write")))
+    assert order == ["fast_apply", "norm_write"] * 2
+
+
+def test_decoding_lact_has_one_dear_step_per_chunk() -> None:
+    point = make_point("h100", "Qwen3-1.7B", "lact", phase="decode", context=4096)
+    record = simulate_point(point).record
+    assert record["chunk_tokens"] == record["window_tokens"] == 2048
+    assert float(str(record["boundary_step_seconds"])) > 1.1 * float(str(record["ordinary_step_seconds"]))
+    open_step = trace_of("lact", one_call(2046, 1))
+    full_step = trace_of("lact", one_call(2047, 1))
+    assert not is_update(open_step).any()
+    assert is_update(full_step).any()
+
+
+def test_lact_chunks_fit_the_window() -> None:
+    with pytest.raises(ConfigError, match="chunk_tokens is 4096, expected at most the 2048 tokens of the window"):
+        trace_of("lact", one_call(0, 4), chunk_tokens="4096")
+
+
+def test_large_chunks_use_a_gpu() -> None:
+    """The paper gives 70 % of the peak for large chunks, in kernels of its own for several sequences."""
+    point = make_point("h100", "Qwen3-4B", "lact", phase="prefill", context=8192, batch=4, overlap=False)
+    done = simulate_point(point)
+    assert done.result is not None
+    trace = done.result.trace
+    chosen = is_kind(trace, "fast_gate_up", "fast_apply", "fast_back", "delta_gemm")
+    kernel = np.unique(done.result.lowered.kernels.of_op[chosen])
+    seconds = int(done.result.kernel_advance()[kernel].sum()) / point.chip.clock_hz
+    share = totals(trace, chosen).flops / seconds / point.chip.unit("matrix").peak_per_s["bf16"]
+    assert 0.4 < share < 0.8
 
 
 @pytest.mark.parametrize("method", ["ttt_linear", "ttt_mlp"])
@@ -170,7 +252,7 @@ def test_the_primal_form_is_much_slower() -> None:
     assert scan("primal") > 5 * scan("dual")
 
 
-@pytest.mark.parametrize("method", ["ttt_mlp"])
+@pytest.mark.parametrize("method", ["ttt_mlp", "titans"])
 def test_hidden_layers_are_not_local(method: str) -> None:
     record = simulate_point(make_point("loihi2", "toy", method, phase="decode", context=64, chips=1)).record
     assert "came back through a hidden layer" in str(record["missing"])

@@ -62,6 +62,8 @@ _EPILOGUES: tuple[tuple[str, str], ...] = (
     ("o_proj", "attn_residual"),
     ("down_proj", "mlp_residual"),
     ("fast_apply", "mlp_residual"),
+    ("fast_gate_up", "silu_mul"),
+    ("fast_back", "silu_mul_grad"),
     ("delta_gemm", "delta_scale"),
     ("outer_proj", "delta_scale"),
 )

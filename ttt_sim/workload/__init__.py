@@ -14,11 +14,13 @@ from ttt_sim.workload.gated_deltanet import GATED_DELTANET
 from ttt_sim.workload.in_place_ttt import TTT, TTT_WINDOW
 from ttt_sim.workload.kv_cache import KV, KV_QUANT, KV_WINDOW
 from ttt_sim.workload.kv_forms import KV_OFFLOAD, KV_PAGED, KV_PREFIX
+from ttt_sim.workload.lact import LACT
 from ttt_sim.workload.latent_attention import KV_MLA
 from ttt_sim.workload.lora import LORA, LORA_TTT
 from ttt_sim.workload.mamba2 import MAMBA2
 from ttt_sim.workload.method import Method, State
 from ttt_sim.workload.q_ttt import Q_TTT
+from ttt_sim.workload.titans import TITANS
 from ttt_sim.workload.ttt_layers import TTT_LINEAR, TTT_MLP
 from ttt_sim.workload.ttt_outer import TTT_OUTER
 
@@ -44,6 +46,8 @@ METHODS: Mapping[str, Method] = {
     "mamba2": MAMBA2,
     "ttt_linear": TTT_LINEAR,
     "ttt_mlp": TTT_MLP,
+    "lact": LACT,
+    "titans": TITANS,
 }
 #: Those that ``run``, ``compare`` and ``sweep`` know: a KV cache and In-Place TTT, in their forms.
 CONTEXT_METHODS: tuple[str, ...] = ("kv", "kv_window", "kv_quant", "ttt", "ttt_window")

@@ -7,7 +7,7 @@ earlier calls left it (w - 1 rows at most) and to its own rows before they are s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -143,12 +143,13 @@ class Project(Protocol):
 
 def emit_attention(
     s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, parallel: Parallel, project: Project, *,
-    cached: bool = True, cache: Cache | None = None,
+    cached: bool = True, cache: Cache | None = None, beside: Callable[[Read, Read, Read], Read] | None = None,
 ) -> None:  # fmt: skip
     """Ops F1 to F9, from ``layer_input`` to ``attended``, the residual stream in the middle of the layer.
 
     ``cached`` False: nothing is kept of the calls, as in training; those after position 0 see a cache from before.
-    ``cache``: another one than that of a layer.
+    ``cache``: another one than that of a layer. ``beside``: emits another branch from queries, keys and values, after
+    the core and before a window loses rows; returns what ``o_proj`` reads.
     """
     m, h = s.run.tokens, model.head_dim
     rows, d = batch * m, model.d_model
@@ -187,6 +188,7 @@ def emit_attention(
         "rope", reads=[q, k, ("rope_table", size(2 * m, h))], writes=[rotated_q, rotated_k],
         dtype=dtype, m=rows, n=q_width + kv_width,
     )  # fmt: skip
+    mixed: Read = ("attn_core", size(rows, q_width))
     if not cached:
         stored = stored_tokens(kv, s.run.positions)
         emit_core(s, model, kv, batch, dtype, rotated_q, stored + m, stored=stored, fresh=(rotated_k, v))
@@ -213,9 +215,13 @@ def emit_attention(
     else:
         stored = stored_tokens(kv, s.run.positions)
         emit_core(s, model, kv, batch, dtype, rotated_q, stored + m, stored=stored, fresh=(rotated_k, v))
+        if beside is not None:
+            mixed, beside = beside(rotated_q, rotated_k, v), None
         emit_append(s, model, kv, batch, dtype, rotated_k, v)
+    if beside is not None:
+        mixed = beside(rotated_q, rotated_k, v)
     projected = s.buffer("attn_projected", (batch, m, d), dtype)
-    project(s, "o_proj", [("attn_core", size(rows, q_width))], projected, n=d, k=q_width)
+    project(s, "o_proj", [mixed], projected, n=d, k=q_width)
     if parallel.tp > 1:
         summed = s.buffer("attn_summed", (batch, m, d), dtype)
         s.op("allreduce", reads=[projected], writes=[summed], dtype=dtype, m=rows * d, n=1, heads=parallel.tp)

@@ -299,6 +299,21 @@ def ttt_weights(layers: int, heads: int, head_dim: int, *, mlp: bool) -> int:
     return layers * heads * head_dim**2 * (8 if mlp else 1)
 
 
+def lact_elements(model: Model, heads: int, expand: int = 1) -> Fraction:
+    """Sx = 3 r d^2 / heads of a layer: three matrices of every head."""
+    return Fraction(3 * expand * model.d_model**2, heads)
+
+
+def lact_flops_per_token(model: Model, heads: int, expand: int = 1) -> Fraction:
+    """6 Sx: two products with keys, four for the gradients, three to apply, of 2 Sx / 3 each."""
+    return 6 * lact_elements(model, heads, expand)
+
+
+def muon_flops(head_dim: int, expand: int = 1) -> int:
+    """Five Newton-Schulz steps of one matrix: X X^T 2 r h^3, its square 2 h^3, times X 2 r h^3."""
+    return 5 * (4 * expand + 2) * head_dim**3
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 

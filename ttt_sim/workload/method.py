@@ -47,6 +47,10 @@ def _all_tokens(settings: MethodSettings, tokens: int) -> int:
     return tokens
 
 
+def _chunk_of_ttt(settings: MethodSettings) -> int | None:
+    return None if settings.ttt is None else settings.ttt.chunk_tokens
+
+
 def _whole_context(settings: MethodSettings, tokens: int) -> Call:
     return Call(position=0, tokens=tokens, logits=False)
 
@@ -68,6 +72,7 @@ class Method:
     or an index hold the rest. ``step_tokens`` and ``steps``, with the same arguments: tokens of one step of training,
     and the steps that take a context in. ``batched`` False: every user has a model of its own, so users take turns
     instead of sharing steps.
+    ``chunk_tokens(settings)``: decoding so many tokens has one step that costs more than the others; None without any.
     ``options``: the class of ``MethodSettings.options``, a frozen dataclass with defaults. ``needs``: features of
     hardware beyond those of inference with a KV cache; ``caveat``: what published work says of its quality, with the
     source.
@@ -89,6 +94,7 @@ class Method:
     steps: Callable[[MethodSettings, int], int] = _one_step
     batched: bool = True
     options: type[Any] | None = None
+    chunk_tokens: Callable[[MethodSettings], int | None] = _chunk_of_ttt
     needs: tuple[str, ...] = ()
     caveat: str = ""
     step_call: Callable[[MethodSettings, int], Call] = _whole_context
