@@ -65,7 +65,7 @@ TARGETS: Mapping[str, float] = {"all": 25.0, "gpu": 15.0}
 #: Without measurements at hand: published figures of chips. Constants of kernels of chips that were never measured come
 #: from a data sheet and a relative, which the limits show.
 FIGURE_LIMITS: tuple[FigureLimit, ...] = (
-    FigureLimit("A100 and H100", 16.0, ("a100", "h100")),
+    FigureLimit("A100 and H100", 15.0, ("a100", "h100")),
     FigureLimit("H200 and B200", 20.0, ("h200", "b200")),
     FigureLimit("MI300X", 22.0, ("mi300x",)),
     FigureLimit("TPU v7", 20.0, ("tpu_v7",)),
