@@ -69,7 +69,7 @@ ANY_OP = Interval(0.8, 1.4)
 #: Ways of execution of which kernels, or at least whole models on several chips, were compared one by one.
 KNOWN_STYLES = ("tile_wave", "systolic")
 #: Quantiles (8 and 92 %) of published over predicted time of chips of other styles (spatial arrays, computing in
-#: memory, events): figures of models and of single products (docs/published_figures.md) but `unseen-xdna2`, of one chip.
+#: memory, events): figures of models and of single products (docs/published_figures.md) but `unseen-xdna2`.
 OTHER_STYLES = Interval(0.742, 2.268)
 #: A chip of another maker runs other kernels: twice as far on a logarithmic scale.
 MEASURED_VENDOR = "NVIDIA"

@@ -214,7 +214,7 @@ def test_error_bars_of_other_styles_are_what_their_figures_spread_over(outcomes:
     ratios = []
     for outcome in outcomes:
         case = outcome.case
-        if case.name.startswith("unseen-xdna2"):  # nineteen more of a chip with fitted constants would outweigh the others
+        if case.name.startswith("unseen-xdna2"):  # nineteen rows of one fitted chip would outweigh the others
             continue
         if case.use in ("count", "micro") and load_chip(case.chip).execution not in KNOWN_STYLES:
             assert outcome.ratio is not None
