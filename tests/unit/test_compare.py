@@ -1,5 +1,6 @@
 """Many chips side by side: what a row holds, which chips are compared, what is marked, what the page says."""
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import ttt_sim
@@ -45,7 +47,7 @@ from ttt_sim.report.compare_words import (
     full_table,
     speed_table,
 )
-from ttt_sim.report.figures_chips import FIGURES, KIND_STYLES
+from ttt_sim.report.figures_chips import FIGURES, KIND_STYLES, name_points
 from ttt_sim.simulation import Point
 
 ROOT = Path(__file__).parents[2]
@@ -281,6 +283,47 @@ def test_figures_list_what_they_leave_out(compared: Compared, name: str) -> None
     notes = " ".join(text.get_text() for text in drawn.figure.texts)
     assert "Not shown" in notes
     assert "tiny_systolic" in notes
+
+
+#: Names and places of points, in fractions of a panel, as crowded as energy and speed of all chips.
+CROWDS = (
+    (
+        ("a100", 0.361, 0.589), ("ai100_ultra", 0.184, 0.638), ("b200", 0.58, 0.521), ("gaudi3", 0.49, 0.579),
+        ("groq_lpu", 0.904, 0.899), ("h100", 0.459, 0.537), ("h200", 0.51, 0.513), ("hbm_pim", 0.383, 0.72),
+        ("ideal_ttt", 0.531, 0.527), ("inferentia2", 0.309, 0.615), ("mi210", 0.309, 0.602),
+        ("mi300x", 0.477, 0.602), ("northpole", 0.767, 0.688), ("reram_cim", 0.813, 0.297),
+        ("sn40l", 0.347, 0.661), ("tpu_v5e", 0.47, 0.567), ("tpu_v5p", 0.448, 0.537), ("tpu_v6e", 0.473, 0.521),
+        ("tpu_v7", 0.547, 0.536), ("trainium2", 0.452, 0.542), ("wse3", 0.829, 0.85),
+    ),
+    (
+        ("a100", 0.545, 0.281), ("ai100_ultra", 0.396, 0.302), ("b200", 0.727, 0.235), ("gaudi3", 0.695, 0.25),
+        ("gddr6_aim", 0.569, 0.304), ("groq_lpu", 0.917, 0.876), ("h100", 0.628, 0.235), ("h200", 0.671, 0.213),
+        ("hbm_pim", 0.517, 0.494), ("hexagon_8elite", 0.083, 0.083), ("ideal_ttt", 0.737, 0.197),
+        ("inferentia2", 0.483, 0.322), ("mi210", 0.498, 0.292), ("mi300x", 0.63, 0.324),
+        ("northpole", 0.731, 0.743), ("npu_xdna2", 0.094, 0.125), ("reram_cim", 0.416, 0.917),
+        ("sn40l", 0.561, 0.323), ("tpu_v5e", 0.651, 0.273), ("tpu_v5p", 0.658, 0.207), ("tpu_v6e", 0.671, 0.2),
+        ("tpu_v7", 0.797, 0.174), ("trainium2", 0.652, 0.218), ("versal_vhk158", 0.417, 0.478),
+        ("wse3", 0.839, 0.83),
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("points", CROWDS)
+def test_names_touch_no_name_and_no_line_to_one(points: Sequence[tuple[str, float, float]]) -> None:
+    wide, high = 10.2, 4.4
+    figure = Figure(figsize=(wide, high), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    name_points(axes, [(x, y) for _, x, y in points], [f"{name} {DAGGER}" for name, _, _ in points], (wide, high))
+    canvas.draw()
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in axes.texts]
+    assert len(boxes) == len(points)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    for line in axes.lines:
+        (x0, y0), (x1, y1) = np.array(line.get_xydata()) * [100 * wide, 100 * high]
+        # an end lies on the edge of the name that the line leads to
+        along = [(x0 + (x1 - x0) * share, y0 + (y1 - y0) * share) for share in np.linspace(0, 0.95, 100)]
+        assert not any(box.contains(x, y) for box in boxes for x, y in along)
 
 
 # --- updates ----------------------------------------------------------------------------------------------------------

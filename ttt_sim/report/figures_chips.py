@@ -390,13 +390,17 @@ def _scatter(
             markerfacecolor=PAPER if mark else style.color, zorder=3,
         )  # fmt: skip
         names.append(chip_label(str(row["chip"]), [row["chips"]]) + (f" {DAGGER}" if mark else ""))
-    _name_points(ax, list(zip(px.tolist(), py.tolist(), strict=True)), names, panel)
+    name_points(ax, list(zip(px.tolist(), py.tolist(), strict=True)), names, panel)
 
 
 #: Inches of a character and of a line of a name at a point, and of the free space around a point.
 _CHARACTER, _LINE, _POINT = 0.064, 0.115, 0.055
 #: A name further off than this many inches is led to by a line.
 _NEAR = 0.13
+#: Inches around a point in which others take its room.
+_CROWD = 0.7
+#: Inches between a line and what it passes.
+_MARGIN = 0.04
 
 
 class _Box(NamedTuple):
@@ -416,7 +420,7 @@ class _Box(NamedTuple):
         return math.dist((x, y), self.nearest(x, y))
 
 
-def _name_points(
+def name_points(
     ax: Axes, points: Sequence[tuple[float, float]], names: Sequence[str], panel: tuple[float, float]
 ) -> None:
     """Write every name near its point (fractions of a ``panel`` of so many inches), where neither it nor the line that
@@ -425,14 +429,15 @@ def _name_points(
     at = [(x * wide, y * high) for x, y in points]
     around = [_Box(x - _POINT, y - _POINT, x + _POINT, y + _POINT) for x, y in at]
     written, lines = list[_Box](), list[_Box]()
-    for i in sorted(range(len(names)), key=lambda i: (-at[i][1], at[i][0])):
+    crowd = [sum(math.dist(place, other) < _CROWD for other in at) for place in at]  # least room first
+    for i in sorted(range(len(names)), key=lambda i: (-crowd[i], -at[i][1], at[i][0])):
         taken = [*around, *written]
         spots = _spots(*at[i], _CHARACTER * len(names[i]))
         inside = [s for s in spots if s.left > 0.03 and s.right < wide - 0.02 and s.low > 0.03 and s.top < high - 0.03]
         free = [s for s in inside if not any(s.meets(other) for other in taken)]
-        others = [*around[:i], *around[i + 1 :], *written, *lines]
-        clear = [s for s in free if not any(part.meets(other) for part in _line(s, *at[i]) for other in others)]
-        spot = next(iter(clear or free or inside or spots))
+        apart = [s for s in free if not any(s.meets(part) for part in lines)]
+        marks = [*around[:i], *around[i + 1 :]]
+        spot = min(apart or free or inside or spots, key=lambda s: _crossed(s, at[i], ([*written, *lines], marks)))
         written.append(spot)
         lines += _line(spot, *at[i])
         ax.text(
@@ -458,6 +463,8 @@ def _spots(x: float, y: float, width: float) -> list[_Box]:
             (0.1 + reach, 0.0, "left"), (-0.1 - reach, 0.0, "right"),
             (0.1 + reach, reach, "left"), (-0.1 - reach, reach, "right"),
             (0.1 + reach, -reach, "left"), (-0.1 - reach, -reach, "right"),
+            (0.1 + reach / 2, reach, "left"), (-0.1 - reach / 2, reach, "right"),
+            (0.1 + reach / 2, -reach, "left"), (-0.1 - reach / 2, -reach, "right"),
         )
     ]  # fmt: skip
     boxes = [_Box(left, low, left + width, low + _LINE) for left, low in corners]
@@ -469,9 +476,15 @@ def _line(spot: _Box, x: float, y: float) -> list[_Box]:
     if spot.distance(x, y) <= _NEAR:
         return []
     end_x, end_y = spot.nearest(x, y)
-    steps = [step / 10 for step in range(2, 10)]
-    places = [(x + (end_x - x) * share, y + (end_y - y) * share) for share in steps]
-    return [_Box(px - 0.02, py - 0.02, px + 0.02, py + 0.02) for px, py in places]
+    n = max(8, math.ceil(spot.distance(x, y) / _MARGIN))
+    places = [(x + (end_x - x) * step / n, y + (end_y - y) * step / n) for step in range(2, n)]
+    return [_Box(px - _MARGIN, py - _MARGIN, px + _MARGIN, py + _MARGIN) for px, py in places]
+
+
+def _crossed(spot: _Box, point: tuple[float, float], others: Sequence[Sequence[_Box]]) -> tuple[int, ...]:
+    """How often the line that leads to a name meets each sort of others."""
+    parts = _line(spot, *point)
+    return tuple(sum(part.meets(other) for part in parts for other in sort) for sort in others)
 
 
 # --- updates ----------------------------------------------------------------------------------------------------------
