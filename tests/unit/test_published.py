@@ -305,6 +305,10 @@ def test_stages_follow_one_another() -> None:
     alone = 1 / (predict_on(one, chip).predicted or 1.0)
     staged = 1 / (predict_on(replace(one, chips=3), chip).predicted or 1.0)
     assert staged - alone == pytest.approx(2 * transfer_seconds(link, "stage_send", 4096 * 2, 2), rel=1e-6)
+    over = 1 / (predict_on(replace(one, chips=10), chip).predicted or 1.0)  # the eighth transfer of nine leaves a node
+    network = next(link for link in chip.links if link.name == "nic")
+    near, far = (transfer_seconds(to, "stage_send", 4096 * 2, 2) for to in (link, network))
+    assert over - alone == pytest.approx(8 * near + far, rel=1e-6)
     many = replace(one, chips=3, batch=3, metric="tokens_per_s", prompt=1, answer=2000)
     assert predict_on(many, chip).batch == 0
     step = predict_on(replace(many, metric="tokens_per_s_user", batch=1), chip).predicted or 0.0

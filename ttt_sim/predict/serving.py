@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from ttt_sim.chip import Chip
 from ttt_sim.config import load_chip
 from ttt_sim.errors import CapacityError, TTTSimError, WorkloadError
-from ttt_sim.lower.levels import link_to, transfer_seconds
+from ttt_sim.lower.levels import stage_link, transfer_seconds
 from ttt_sim.lower.tiles import product_rate
 from ttt_sim.model import Parallel
 from ttt_sim.ops import OP_KINDS, OpClass, op_cost
@@ -147,10 +147,9 @@ def _uneven(model: ModelShape, tp: int) -> bool:
 
 def _send_s(case: Case, chip: Chip, rows: int) -> float:
     """Activations of ``rows`` tokens from stage to stage, one link after the other."""
-    if case.stages == 1:
-        return 0.0
     nbytes = size(rows * MODELS[case.model].d_model, case.formats.act)
-    return (case.stages - 1) * transfer_seconds(link_to(chip, 1), "stage_send", nbytes, 2)
+    links = [stage_link(chip, case.tp, stage) for stage in range(case.stages - 1)]
+    return sum(transfer_seconds(link, "stage_send", nbytes, 2) for link in links)
 
 
 def _plan(case: Case, chip: Chip) -> _Plan:
