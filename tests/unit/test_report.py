@@ -356,6 +356,23 @@ def test_a_system_has_the_memory_of_its_chips_and_copies_of_what_they_share():
     assert answers(data)[0].startswith("System: 4 chips (2 tensor-parallel, 2 context-parallel).")
 
 
+def test_what_cannot_run_needs_no_more_chips():
+    data = make_data()
+    points = data.points.assign(missing="")
+    at = (points["method"] == "ttt") & (points["phase"] == "decode")
+    for column, value in (("fits", False), ("missing", "no cache that all cores share"), ("chips_needed", 1)):
+        points.loc[at, column] = value
+    gone = replace(data, points=points)
+    row = next(row for row in time_rows(gone, "decode") if (row.batch, row.context_tokens) == (1, 4096))
+    assert row.cells[gone.methods.index("ttt")] == "cannot run"
+    said = next(text for text in answers(gone) if text.startswith("Decode at"))
+    assert "TTT + full attention: cannot run" in said
+    for name in ("decode_time", "traffic"):
+        drawn = texts(draw(name, gone).figure)
+        assert any(text.strip() == "cannot run" for text in drawn), name
+        assert not any("1 chips" in text for text in drawn), name
+
+
 def test_points_that_do_not_fit_are_hatched_and_say_how_many_chips(data):
     from matplotlib.patches import Rectangle
 

@@ -102,7 +102,8 @@ def traffic(data: ReportData) -> Drawn:
         for y, method in enumerate(methods):
             mine = select(panel, method=method)
             if not bool(mine["fits"].iloc[0]):
-                hatched_bar(ax, y, widest * 0.35, method_style(data, method).color, int(mine["chips_needed"].iloc[0]))
+                color, chips = method_style(data, method).color, int(mine["chips_needed"].iloc[0])
+                hatched_bar(ax, data, y, widest * 0.35, color, chips)
                 continue
             left = 0.0
             for name, (_, color) in CLASS_STYLES.items():
@@ -301,9 +302,8 @@ def time_by_kernel(data: ReportData) -> Drawn:
         for y, method in enumerate(methods):
             if method not in set(panel["method"]):
                 chips = numbers(select(asked, method=method), "chips_needed")
-                hatched_bar(
-                    ax, y, longest * 0.35, method_style(data, method).color, int(np.nan_to_num(chips, nan=1)[0])
-                )
+                color = method_style(data, method).color
+                hatched_bar(ax, data, y, longest * 0.35, color, int(np.nan_to_num(chips, nan=1)[0]))
                 continue
             left = 0.0
             for group, color in group_order():

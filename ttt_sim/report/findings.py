@@ -158,11 +158,18 @@ def _times(data: ReportData, phase: str, at: Headline) -> list[str]:
             if base is not None and method != BASELINE:
                 text += f" ({_ratio_text(base / seconds[method])})"
             parts.append(text)
-        elif len(select(rows, method=method)):
-            parts.append(f"{method_title(data, method)}: does not fit")
+        elif len(without := select(rows, method=method)):
+            why = "cannot run" if _missing(without.iloc[0].to_dict()) else "does not fit"
+            parts.append(f"{method_title(data, method)}: {why}")
     what = "whole prompt" if phase == "prefill" else "mean step"
     where = data.headline_text(phase)
     return [f"{where[0].upper()}{where[1:]}, {what}: {'; '.join(parts)}."]
+
+
+def _missing(row: Mapping[Hashable, Any]) -> bool:
+    """Whether a point cannot run at all, rather than not fit."""
+    reason = row.get("missing")
+    return isinstance(reason, str) and reason != ""
 
 
 def _ratio_text(speedup: float) -> str:
@@ -222,7 +229,7 @@ def time_rows(data: ReportData, phase: str) -> list[TimeRow]:
         if row["fits"]:
             cells[key] = f"{seconds_text(float(row[column]))} {_count(float(row['tokens_per_s']))}/s"
         else:
-            cells[key] = f"- ({chips_text(row['chips_needed'])})"
+            cells[key] = "cannot run" if _missing(row) else f"- ({chips_text(row['chips_needed'])})"
     return [
         TimeRow(batch, context, tuple(cells.get((batch, context, method), "") for method in data.methods))
         for batch in batches

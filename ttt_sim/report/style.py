@@ -330,6 +330,8 @@ def draw_strips(ax: Axes, data: ReportData, strips: Sequence[Strip], contexts: S
         )  # fmt: skip
         low, high = min(strip.chips), max(strip.chips)
         text = f"needs {low if low == high else f'{low} to {high}'} chips"
+        if high <= data.parallel.chips:
+            text = "cannot run"
         room = float(log_fraction(np.array([x0]), ax.get_xlim())[0])
         beside = room > 0.45  # else there is no room on the left, and the text goes onto the strip
         ax.text(
@@ -339,10 +341,11 @@ def draw_strips(ax: Axes, data: ReportData, strips: Sequence[Strip], contexts: S
         )  # fmt: skip
 
 
-def hatched_bar(ax: Axes, y: float, width: float, color: str, chips: int) -> None:
-    """A bar that stands for a point that does not fit."""
+def hatched_bar(ax: Axes, data: ReportData, y: float, width: float, color: str, chips: int) -> None:
+    """A bar that stands for a point that does not fit, or cannot run on however many ``chips``."""
     ax.barh(y, width, height=0.62, facecolor="none", edgecolor=color, hatch="/////", linewidth=0.8)
-    ax.text(width * 1.04, y, f"does not fit: needs {chips} chips", va="center", fontsize=8, color=color)
+    text = f"does not fit: needs {chips} chips" if chips > data.parallel.chips else "cannot run"
+    ax.text(width * 1.04, y, text, va="center", fontsize=8, color=color)
 
 
 def method_rows(ax: Axes, data: ReportData, methods: list[str]) -> None:
