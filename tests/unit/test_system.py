@@ -1,5 +1,6 @@
 """Several chips: what each runs and holds, what transfers take, the pace of a pipeline, the least system."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -381,6 +382,61 @@ def test_a_pipeline_over_nodes_is_held_up_where_it_leaves_one(engine: str) -> No
     assert sent.tolist() == [[nbytes, 0], [0, nbytes], [nbytes, 0]]
     alike = simulate_trace(replace(chip, links=(near, replace(far, latency_s=1e-6))), trace, engine=engine)
     assert found.cycles - alike.cycles == chip.cycles(1e-3) - chip.cycles(1e-6)
+
+
+def sent_by(method: str, parallel: Parallel, *, decode: bool, tokens: int, batch: int, window: int) -> int:
+    """Bytes that a chip sends in one call, all stages together; TOY has eight query and four KV heads."""
+    tp, pp, cp, rows = parallel.tp, parallel.pp, parallel.cp, batch * (1 if decode else -(-tokens // parallel.cp))
+
+    def ring(ranks: int, nbytes: int) -> int:  # 2 (n - 1) / n of a sum
+        return -(-2 * (ranks - 1) * nbytes // ranks)
+
+    sent = (2 * L + 1) * ring(tp, rows * D * 2) + (tp - 1) * batch * -(-TOY.vocab_size // tp) * 2
+    sent += (pp - 1) * rows * D * 2
+    if decode:
+        return sent + (L * ring(cp, batch * (8 // tp) * TOY.head_dim * 2) if cp > 1 else 0)
+    part = -(-tokens // cp)
+    seen = (cp - 1) * part if not method.endswith("window") else min(window - 1, (cp - 1) * part)
+    sent += L * batch * seen * 2 * max(4 // tp, 1) * TOY.head_dim * 2
+    if method.startswith("ttt") and cp > 1:  # a delta of every TTT layer
+        sent += len(TTT.layers_of(TOY)) * batch * D * F // tp * 2
+    return sent
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("method", ["kv", "kv_window", "ttt", "ttt_window"])
+def test_bytes_on_links_are_those_of_the_closed_form(method: str, decode: bool) -> None:
+    model, tokens, batch, window = replace(TOY, n_heads=8, n_kv_heads=4), 8 * CHUNK, 2, CHUNK + 3
+    for tp, pp, cp in itertools.product((1, 2, 8), (1, 3), (1, 4)):
+        parallel = Parallel(tp=tp, pp=pp, cp=cp)
+        if decode:
+            scenario = Scenario.decode((tokens,), batch=batch, parallel=parallel)
+        else:
+            scenario = Scenario.prefill(tokens, batch=batch, call_tokens=tokens, parallel=parallel)
+        trace = build_trace(model, METHODS[method].settings(window, None, TTT), scenario)
+        expected = sent_by(method, parallel, decode=decode, tokens=tokens, batch=batch, window=window)
+        assert int(lower(trace, linked()).work.link_bytes.sum()) == expected, parallel
+
+
+@pytest.mark.parametrize("method", ["kv", "ttt", "ttt_window"])
+@pytest.mark.parametrize("parallel", [Parallel(tp=2, pp=3), Parallel(pp=3, cp=2), Parallel(tp=2, pp=2, cp=2)])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_faster_links_are_never_slower_and_energies_add_up(method: str, parallel: Parallel, phase: str) -> None:
+    records = []
+    for bytes_per_s in (1e8, 1e9, 1e10, 1e13):
+        point = make_point(
+            linked(bytes_per_s=bytes_per_s, energy_j_per_byte=1e-9), TOY, method, context=4 * CHUNK, batch=4, ttt=TTT,
+            window=2 * CHUNK, parallel=parallel, phase=phase,  # type: ignore[arg-type]
+        )  # fmt: skip
+        records.append(simulate_point(point).record)
+    seconds = [float(str(record["seconds"])) for record in records]
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[0] > seconds[-1]
+    for record in records:
+        parts = [float(str(v)) for name, v in record.items() if name.startswith("energy_") and name.endswith("_j")]
+        total = float(str(record["energy_j"]))
+        assert sum(parts) - total + float(str(record["idle_energy_j"])) == pytest.approx(total, rel=1e-12)
+        assert record["energy_wire_j"] == records[0]["energy_wire_j"] > 0  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("method", ["kv", "ttt", "ttt_window"])
