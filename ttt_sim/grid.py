@@ -121,9 +121,10 @@ def make_point(
         return point
     if asked:
         return replace(point, parallel=arrange(shape, chips=chips, tp=tp, pp=pp, cp=cp))
-    if phase == "train":
+    if phase in ("train", "index"):
         return point
-    held = tokens + (settings.chunk_tokens if phase == "decode" else 0)
+    held = tokens if phase == "prefill" else find_method(method).held_tokens(chosen, tokens)
+    held = max(held + (settings.chunk_tokens if phase == "decode" else 0), 1)
     least = least_system(loaded, shape, [chosen], context_tokens=held, rows=rows_at_once(point), dtype=dtype)
     return replace(point, parallel=least or ONE_CHIP)
 

@@ -176,8 +176,16 @@ OP_KINDS: tuple[OpKind, ...] = (
     OpKind("muon_product", "S18", OpClass.MATMUL, "product of a Newton-Schulz iteration"),
     OpKind("norm_write", "S19", OpClass.VECTOR, "add of a gradient and norm of the rows of a fast weight"),
     OpKind("branch_join", "S20", OpClass.VECTOR, "RMSNorm, gain and sum of the outputs of two branches"),
+    OpKind("index_write", "R1", OpClass.COPY, "vectors or codes into an index"),
+    OpKind("index_scan", "R2", OpClass.MATMUL, "distances to all vectors, or to all centroids"),
+    OpKind("pq_table", "R3", OpClass.MATMUL, "distances to the centroids of a product quantiser"),
+    OpKind("pq_scan", "R4", OpClass.VECTOR, "distances to codes, from tables"),
+    OpKind("graph_search", "R5", OpClass.MATMUL, "distances to the nodes of a walk, hop after hop"),
+    OpKind("top_k", "R6", OpClass.VECTOR, "the best of the scores of a row"),
+    OpKind("embed_pool", "R7", OpClass.VECTOR, "mean of the rows of a sequence"),
+    OpKind("embed_proj", "R8", OpClass.MATMUL, "projection to the vector of a sequence"),
 )
-#: Kinds that no method emits: ops of which latencies are published, simulated one by one.
+#: Kinds that no decoder emits: ops of which latencies are published, simulated one by one.
 MEASURED_ALONE: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("M"))
 #: Kinds of a trace that is one chip's part of several: what only makes sense beside the parts of the others.
 BETWEEN_CHIPS: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("P"))
@@ -215,10 +223,10 @@ class Trace:
     ``kind`` index into :data:`OP_KINDS`; ``phase`` a :class:`Phase`; ``layer`` -1 outside the layers; ``chunk`` index
     of the chunk of the sequence, -1 for ops that belong to none; ``step`` index of the call in the scenario;
     ``position`` tokens before that call; ``dtype`` index into :data:`DTYPES` of the multiplied operands; ``batch, m, n,
-    k`` as :class:`OpClass` says; ``heads, kv_heads, pairs`` for attention, ``heads`` also for scans and collectives,
-    else 0 (``pairs``: visible query-key pairs per sequence; of scans the tokens of a chunk, 0 where they go token by
-    token); ``flops`` multiply-adds counted as two; ``vector_ops``
-    lane operations, of which ``exp_ops, rsqrt_ops, div_ops`` are transcendental, reciprocal root and divide.
+    k`` as :class:`OpClass` says; ``heads, kv_heads, pairs`` for attention, ``heads`` also for scans, collectives and
+    the hops of a walk, else 0 (``pairs``: visible query-key pairs per sequence; of scans the tokens of a chunk, 0 where
+    they go token by token); ``flops`` multiply-adds counted as two; ``vector_ops`` lane operations, of which ``exp_ops,
+    rsqrt_ops, div_ops`` are transcendental, reciprocal root and divide.
 
     Operands are kept as CSR columns: op i reads entries ``read_ptr[i]:read_ptr[i+1]`` of (``read_tensor``,
     ``read_version``, ``read_bytes``), and likewise for writes. ``after_ptr``/``after_idx`` are explicit extra
@@ -331,6 +339,9 @@ LANE_COST: Mapping[str, LaneCost] = {
     "state_pass": LaneCost(lanes=2),
     "norm_write": LaneCost(lanes=5, rsqrt_per_row=1),
     "branch_join": LaneCost(lanes=5, rsqrt_per_row=1),
+    "pq_scan": LaneCost(lanes=2),  # a look-up and a sum
+    "top_k": LaneCost(lanes=2),  # a comparison and a move
+    "embed_pool": LaneCost(lanes=1),
 }
 #: Lane operations per visible pair and head, one of them an exponential.
 _PAIR_LANES: Mapping[str, int] = {"attention": 5, "attention_grad": 6}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -16,7 +16,7 @@ from ttt_sim.lower.spill import placed_far
 from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, shard, stage_starts
 from ttt_sim.ops import KIND, TEMPORARY_ROLES, IntArray, Role, Trace, total_by
 from ttt_sim.units import ceil_div
-from ttt_sim.workload import build_trace, find_method, state_per_sequence
+from ttt_sim.workload import build_trace, state_per_sequence
 
 #: Kinds outside the layers that run on the last stage; all others there run on the first.
 _LAST = ("final_norm", "lm_head", "allgather", "carry_append")
@@ -58,6 +58,8 @@ def holdings(trace: Trace, n_layers: int, *, pipelined: bool, near: bool = False
         first, _, rest = tensor.name.partition(".")
         if first == "layers":
             parts[kept, 1 + int(rest.partition(".")[0])] += tensor.nbytes
+        elif first in ("encoder", "index"):  # of retrieval, before the first layer
+            parts[kept, 0] += tensor.nbytes
         elif first == "embedding":
             parts[kept, 0] += tensor.nbytes
             if pipelined and "lm_head.weight" not in names:
@@ -115,10 +117,8 @@ def least_system(
     for tp in tensor_parallel_sizes(model):
         if best is not None and tp > best.chips:
             break
-        traces = [
-            build_trace(model, method, _last_step(method, context_tokens, batch, dtype, Parallel(tp=tp)))
-            for method in methods
-        ]
+        scenario = Scenario.decode((max(context_tokens - 1, 0),), batch=batch, dtype=dtype, parallel=Parallel(tp=tp))
+        traces = [build_trace(model, method, scenario) for method in methods]
         part = shard(model, tp)
         pp = _least_stages(
             chip.main_memory.capacity_bytes,
@@ -133,13 +133,6 @@ def least_system(
             best = found if _linked(chip, found.chips) else best
     behind = chip.backing is not None and (weights + shared + batch * state) * _ROUGH <= chip.capacity_bytes
     return ONE_CHIP if best is None and behind else best
-
-
-def _last_step(method: MethodSettings, context_tokens: int, batch: int, dtype: str, parallel: Parallel) -> Scenario:
-    """A step after which sequences hold what a method keeps of a context."""
-    held = find_method(method.name).held_tokens(method, context_tokens)
-    scenario = Scenario.decode((max(held - 1, 0),), batch=batch, dtype=dtype, parallel=parallel)
-    return replace(scenario, taken_tokens=context_tokens)
 
 
 def _room(chip: Chip, part: Model, rows: int, updates: bool, dtype: str) -> int:

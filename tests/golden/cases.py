@@ -22,6 +22,13 @@ THOROUGH = (
 )  # fmt: skip
 #: Where other methods than those of a context run; one chip of each style whose memory holds a step of training.
 OTHER_METHODS_ON = ("h100", "tiny_gpu", "tiny_spatial", "tiny_systolic")
+#: Their options, where defaults are too large for the tiny chips.
+OTHER_OPTIONS = {
+    "rag": {
+        "passage_tokens": 32, "dimension": 64, "code_bytes": 8, "top_k": 2, "encoder_layers": 2, "encoder_width": 64,
+        "encoder_ff": 192, "encoder_heads": 4, "encoder_vocab": 256,
+    }
+}  # fmt: skip
 
 
 def cases() -> dict[str, Point]:
@@ -53,7 +60,7 @@ def cases() -> dict[str, Point]:
         for phase in other.phases:
             point = make_point(
                 chip_name, "toy", other.name, phase=phase, context=150, batch=2, window=64, ttt="toy", call_tokens=64,
-                question=7,
+                question=7, options=OTHER_OPTIONS.get(other.name),
             )  # fmt: skip
             points.append((point, ""))
 

@@ -47,6 +47,8 @@ _ROW_CHAINS: tuple[tuple[str, str], ...] = (
     ("embedding", "attn_norm"),
     ("qk_norm", "rope"),
     ("latent_norm", "rope"),
+    ("attn_residual", "layernorm"),
+    ("mlp_residual", "layernorm"),
     ("rope", "kv_append"),
     ("attn_residual", "mlp_norm"),
     ("mlp_norm", "carry_append"),
@@ -59,6 +61,7 @@ _ROW_CHAINS: tuple[tuple[str, str], ...] = (
 #: Element-wise ops that a GEMM can apply to its output tile before storing it.
 _EPILOGUES: tuple[tuple[str, str], ...] = (
     ("up_proj", "silu_mul"),
+    ("up_proj", "gelu"),
     ("o_proj", "attn_residual"),
     ("down_proj", "mlp_residual"),
     ("fast_apply", "mlp_residual"),
@@ -70,6 +73,8 @@ _EPILOGUES: tuple[tuple[str, str], ...] = (
 #: With an epilogue the tile holds only part of a row, so ops that reduce over rows start a kernel of their own.
 _BROKEN_BY_EPILOGUE: tuple[tuple[str, str], ...] = (
     ("attn_residual", "mlp_norm"),
+    ("attn_residual", "layernorm"),
+    ("mlp_residual", "layernorm"),
     ("mlp_residual", "attn_norm"),
     ("mlp_residual", "final_norm"),
 )

@@ -115,6 +115,7 @@ def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: W
         near = np.where(cycles[:, READ] > 0, chip.cycles(main.latency_s), 0)
         behind = 0 if chip.backing is None else chip.cycles(chip.backing.latency_s)
         launch += np.maximum(near, np.where(far_read_bytes > 0, behind, 0))
+    launch += _hop_cycles(trace, chip, kernels, far_read_bytes > 0)
     first_of_step = np.r_[True, np.diff(trace.step[kernels.lead]) != 0]
     launch[first_of_step] += chip.cycles(chip.overheads.call_s)
 
@@ -144,6 +145,16 @@ def finish(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic, work: W
         on_lanes=work["on_lanes"] > 0,
         op_tiles=OpTiles(**{name: work[f"op_{name}"] for name in OpTiles.__slots__}),
     )
+
+
+def _hop_cycles(trace: Trace, chip: Chip, kernels: Kernels, far: npt.NDArray[np.bool_]) -> IntArray:
+    """Latency of the hops of walks, each of which waits for what the one before it read; that of a kernel's first load
+    may be counted already. ``far`` (n_kernels,): it reads from behind the main memory."""
+    hops = total_by(kernels.of_op, np.where(trace.kind == KIND["graph_search"], trace.heads, 0), kernels.n)
+    waits = np.maximum(hops - (1 if chip.mapping.serial_kernels else 0), 0)
+    latency = chip.cycles(chip.main_memory.latency_s)
+    behind = latency if chip.backing is None else max(latency, chip.cycles(chip.backing.latency_s))
+    return waits * np.where(far, behind, latency)
 
 
 def slower(cycles: IntArray, share: npt.NDArray[np.float64]) -> IntArray:

@@ -28,7 +28,7 @@ from ttt_sim.ops import (
 )
 
 #: Roles of tensors that lie in the arrays of a chip that computes there.
-STORED_ROLES: tuple[Role, ...] = (Role.WEIGHT, Role.FAST_WEIGHT, Role.KV)
+STORED_ROLES: tuple[Role, ...] = (Role.WEIGHT, Role.FAST_WEIGHT, Role.KV, Role.INDEX)
 
 BoolArray = npt.NDArray[np.bool_]
 

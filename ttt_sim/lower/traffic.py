@@ -32,6 +32,9 @@ from ttt_sim.units import format_bytes
 #: Where an operand of the trace comes from or goes to.
 MAIN, CACHED, FUSED, SHARED, IN_PLACE = range(5)
 
+#: Roles of tensors to which ops add a few rows.
+_GROWING = (int(Role.KV), int(Role.CARRY), int(Role.INDEX))
+
 BoolArray = npt.NDArray[np.bool_]
 
 
@@ -121,7 +124,7 @@ def resolve_traffic(trace: Trace, chip: Chip, kernels: Kernels) -> Traffic:
     read_place = np.full(read_slot.size, MAIN, dtype=np.int64)
     fused = producer == read_kernel
     if write_slot.size:  # a kernel that appends a few rows to a cache or carry did not make the others that it reads
-        grows = np.isin(role, [int(Role.KV), int(Role.CARRY)])[trace.read_tensor]
+        grows = np.isin(role, _GROWING)[trace.read_tensor]
         fused &= ~(grows & (trace.write_bytes[writer] < trace.read_bytes))
     read_place[fused] = FUSED
     read_place[~fused & _repeated(read_kernel, read_slot, trace.read_bytes, ~fused)] = SHARED
@@ -231,10 +234,10 @@ def _last_touch(
 ) -> IntArray:
     """Kernel that last touched, before each read, the same version of its tensor; -1 for none.
 
-    An op of one chunk that reads part of a version touches only that chunk's rows. A KV cache or carry changes by a
-    few rows from version to version, so there any earlier read of the tensor counts, and appends do not.
+    An op of one chunk that reads part of a version touches only that chunk's rows. A KV cache, carry or index changes
+    by a few rows from version to version, so there any earlier read of the tensor counts, and appends do not.
     """
-    grows = np.isin(role, [int(Role.KV), int(Role.CARRY)])
+    grows = np.isin(role, _GROWING)
     n_slots = int(max(read_slot.max(initial=0), write_slot.max(initial=0))) + 1
     read_group = np.where(grows[trace.read_tensor], n_slots + trace.read_tensor, read_slot)
     chunk = trace.chunk[owners(trace.read_ptr)]

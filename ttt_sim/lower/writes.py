@@ -12,7 +12,7 @@ from ttt_sim.ops import KIND, OP_KINDS, IntArray, Role, Trace, owners, total_by
 BoolArray = npt.NDArray[np.bool_]
 
 #: State of which a call may store a few rows.
-_GROWING = (Role.FAST_WEIGHT, Role.KV, Role.CARRY)
+_GROWING = (Role.FAST_WEIGHT, Role.KV, Role.CARRY, Role.INDEX)
 
 #: Updates of a model with a hidden layer.
 _THROUGH_LAYERS = ("mlp_update", "memory_update", "fast_back")

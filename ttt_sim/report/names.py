@@ -44,6 +44,8 @@ KERNEL_GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("between chips", "#B15928", ("allreduce", "allgather", "stage_send", "kv_ring", "delta_scan")),
     ("state of fixed size", "#44AA99", ("delta_rule", "delta_step", "ssm_scores", "ssm_mix", "ssm_states", "state_pass",
                                         "ssm_read", "ssm_step", "linear_update", "mlp_update", "memory_update")),
+    ("retrieval", "#01665E", ("index_write", "index_scan", "pq_table", "pq_scan", "graph_search", "top_k", "embed_pool",
+                              "embed_proj")),
     ("norms, RoPE, residuals", "#C4C9CE", ()),
 )  # fmt: skip
 WHOLE_LAYER = ("whole layer, fused", "#7F8C8D")
@@ -95,8 +97,7 @@ def group_order() -> list[tuple[str, str]]:
     by_title = {group[0]: (group[0], group[1]) for group in KERNEL_GROUPS}
     order = (
         "attention core", "state of fixed size", "attention projections", "gate and up", "down", "fast-weight apply",
-        "LM head",
-        "norms, RoPE, residuals", "between chips", "carry", "update: delta", "weight write",
+        "LM head", "retrieval", "norms, RoPE, residuals", "between chips", "carry", "update: delta", "weight write",
     )  # fmt: skip
     return [WHOLE_LAYER, *(by_title[title] for title in order)]
 

@@ -433,3 +433,40 @@ def fast_list_bytes(model: Model, ttt: TTTSettings, tokens: int) -> Fraction:
     """k d f e_f: the fast weights of all chunks of one sequence, in one TTT layer. A scan reads and writes as much."""
     chunks = -(-tokens // ttt.chunk_tokens)
     return chunks * model.d_model * model.d_ff * element_bytes(ttt.fast_dtype)
+
+
+# --- retrieval --------------------------------------------------------------------------------------------------------
+
+
+def encoder_flops(layers: int, width: int, ff: int, tokens: int, dimension: int) -> int:
+    """A sequence of ``tokens`` through an encoder that sees all of them, and its vector."""
+    per_layer = 8 * tokens * width * width + 4 * tokens * width * ff + 4 * tokens * tokens * width
+    return layers * per_layer + (0 if dimension == width else 2 * width * dimension)
+
+
+class Search(NamedTuple):
+    """What one query takes of an index: FLOPs of distances, and bytes of the index that are read."""
+
+    flops: int
+    read: Fraction
+
+
+def flat_search(vectors: int, dimension: int, dtype: str = "bf16") -> Search:
+    """2 n D FLOPs, n D e bytes."""
+    return Search(2 * vectors * dimension, vectors * dimension * element_bytes(dtype))
+
+
+def ivf_pq_search(
+    vectors: int, dimension: int, lists: int, probes: int, code_bytes: int, dtype: str = "bf16"
+) -> Search:
+    """Distances to all centroids and to 256 values of each part of a vector; codes of the lists that are probed."""
+    candidates = -(-vectors * probes // lists)
+    tables = lists + 256
+    return Search(2 * tables * dimension, tables * dimension * element_bytes(dtype) + candidates * code_bytes)
+
+
+def graph_search(vectors: int, dimension: int, degree: int, hops: int, dtype: str = "bf16") -> Search:
+    """2 hops degree D FLOPs; so many vectors, and 4 bytes for each link. No node is visited twice."""
+    visited = min(hops * degree, vectors)
+    walked = min(-(-visited // degree), vectors)
+    return Search(2 * visited * dimension, visited * dimension * element_bytes(dtype) + Fraction(4 * degree * walked))

@@ -89,6 +89,16 @@ class Learner(Protocol):
         """Segments with their layers (-1: none) that follow the forward pass of every call of ``run``."""
 
 
+class Ahead(Protocol):
+    """What runs before the first call."""
+
+    def declare(self, builder: TraceBuilder) -> None:
+        """Declare weights and state."""
+
+    def emit(self, s: Segment) -> Sequence[Read]:
+        """Ops before the call. Returns what the call waits for."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
     """The model as ``batch`` sequences in lockstep run it; ``dtype`` of weights and activations.
@@ -184,14 +194,15 @@ class Decoder:
             initial_version=0, in_place=changes,
         )  # fmt: skip
 
-    def emit_start(self, s: Segment) -> None:
-        """F0. Token ids are too small to count."""
+    def emit_start(self, s: Segment, chosen_by: Sequence[Read] = ()) -> None:
+        """F0. Token ids are too small to count; ``chosen_by``: what says which they are."""
         rows, d = self.batch * s.run.tokens, self.model.d_model
         size, shape = self.size(rows, d), (self.batch, s.run.tokens, d)
         first: Write = ("first", size)
         sent = s.buffer("embedding_sent", shape, self.dtype) if 0 in self.stages else first
         looked_up = s.buffer("embedding_part", shape, self.dtype) if self.parallel.tp > 1 else sent
-        s.op("embedding", reads=[("embedding.weight", size)], writes=[looked_up], dtype=self.dtype, m=rows, n=d)
+        reads: list[Read] = [("embedding.weight", size), *chosen_by]
+        s.op("embedding", reads=reads, writes=[looked_up], dtype=self.dtype, m=rows, n=d)
         if self.parallel.tp > 1:  # a row is on one chip, the others add zeros
             self.emit_sum(s, [looked_up], sent)
         if 0 in self.stages:
@@ -306,16 +317,18 @@ def decoder_trace(
     *,
     other: OtherMlp | None = None,
     learner: Learner | None = None,
+    ahead: Ahead | None = None,
     meta: Mapping[str, object],
 ) -> Trace:
-    """The trace of ``scenario``; layers that ``other`` names have its MLP, and ``learner`` learns after each call.
+    """The trace of ``scenario``; layers that ``other`` names have its MLP, and ``learner`` learns after each call;
+    ``ahead`` runs before the first.
 
     ``meta`` is kept, with ``batch``, ``dtype`` and ``calls`` ([position, tokens, logits] each) added.
     Raises :class:`ConfigError` for a dtype or cache that cannot be, :class:`WorkloadError` for a scenario too large to
     count in 64 bits.
     """
     check_kv(decoder.kv)
-    _check_dtype(decoder.dtype)
+    check_dtype(decoder.dtype)
     _check_size(decoder.model, scenario)
     builder = TraceBuilder(decoder.model.n_layers)
     decoder.declare(builder, scenario)
@@ -324,6 +337,8 @@ def decoder_trace(
     if learner is not None:
         longest = max(call.tokens for call in scenario.calls)
         learner.declare(builder, (scenario.batch, longest, decoder.model.d_model))
+    if ahead is not None:
+        ahead.declare(builder)
     special = tuple(other.layers) if other is not None else ()
     plain = tuple(layer for layer in range(decoder.model.n_layers) if layer not in special)
     keys = [part.shape_key for part in (other, learner, decoder.mixer) if part is not None]
@@ -334,7 +349,8 @@ def decoder_trace(
     for run in _runs(scenario, keys):
         decoder = replace(everyone, batch=1) if int(run.positions[0]) < everyone.shared_tokens else everyone
         start, end = Segment(builder, run, ()), Segment(builder, run, ())
-        decoder.emit_start(start)
+        before = Segment(builder, run, ())
+        decoder.emit_start(start, ahead.emit(before) if ahead is not None and run.first_step == 0 else ())
         by_layer: dict[int, Segment] = {}
         for layers, mlp in ((plain, None), (special, other)):
             for sends in (False, True):
@@ -348,12 +364,13 @@ def decoder_trace(
             other.emit_end(end)
         order = [(by_layer[layer], layer) for layer in range(decoder.model.n_layers)]
         learning = learner.segments(builder, run) if learner is not None else ()
-        builder.add_run(run, [(start, -1), *order, (end, -1), *learning])
+        builder.add_run(run, [(before, -1), (start, -1), *order, (end, -1), *learning])
     calls = [[call.position, call.tokens, call.logits] for call in scenario.calls]
     return builder.build({**meta, "batch": scenario.batch, "dtype": scenario.dtype, "calls": calls})
 
 
-def _check_dtype(dtype: str) -> None:
+def check_dtype(dtype: str) -> None:
+    """Raise :class:`ConfigError` for a format that does not exist."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown{did_you_mean(dtype, DTYPES)}; allowed: {', '.join(DTYPES)}")
 
