@@ -16,7 +16,7 @@ from ttt_sim.lower.spill import placed_far
 from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, shard, stage_starts
 from ttt_sim.ops import KIND, TEMPORARY_ROLES, IntArray, Role, Trace, total_by
 from ttt_sim.units import ceil_div
-from ttt_sim.workload import build_trace, state_per_sequence
+from ttt_sim.workload import build_trace, find_method, state_per_sequence
 
 #: Kinds outside the layers that run on the last stage; all others there run on the first.
 _LAST = ("final_norm", "lm_head", "allgather", "carry_append")
