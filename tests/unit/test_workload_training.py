@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.unit.trace_tools import TOY, is_kind, kinds, totals
+from tests.unit.trace_tools import TOY, is_kind, kinds, operands, totals
 from ttt_sim.errors import ConfigError, UnsupportedError
 from ttt_sim.grid import make_point
 from ttt_sim.model import Model, Parallel, Scenario
@@ -148,3 +148,37 @@ def test_wrong_options_are_refused(options: dict[str, str], message: str) -> Non
 def test_chips_with_local_rules_cannot_learn_backwards() -> None:
     record = simulate_point(make_point("loihi2", "toy", "fine_tuning", phase="train", context=64, chips=1)).record
     assert "came back through other layers" in str(record["missing"])
+
+
+def peak_bytes(**options: object) -> int:
+    point = make_point("h100", "Qwen3-1.7B", "lora", phase="train", context=2048, options=options)
+    result = simulate_point(point).result
+    assert result is not None
+    return result.peak_temporary_bytes()
+
+
+def test_layers_run_again_one_at_a_time() -> None:
+    point = make_point("h100", "Qwen3-1.7B", "lora", phase="train", context=2048)
+    result = simulate_point(point).result
+    assert result is not None
+    start, finish = result.kernel_span()
+    kernel, trace = result.lowered.kernels.of_op, result.trace
+    again = np.flatnonzero((trace.phase == int(Phase.RECOMPUTE)) & is_kind(trace, "attn_norm"))
+    done = np.flatnonzero(is_kind(trace, "norm_grad") & (trace.layer >= 0))
+    for op in again[1:]:
+        above = done[trace.layer[done] == trace.layer[op] + 1].max()
+        assert start[kernel[op]] >= finish[kernel[above]]
+    # Rows of one layer instead of 28, and the inputs of all.
+    rows, d, f, q, kv, layers = 2048, 2048, 6144, 2048, 1024, 28
+    beside_input = 2 * rows * (3 * d + 2 * (q + kv) + kv + q + 3 * f)
+    assert peak_bytes(recompute=False) - peak_bytes(recompute=True) > (layers - 3) * beside_input
+
+
+def test_tiles_of_logits_exist_one_at_a_time() -> None:
+    whole, tiled = (peak_bytes(recompute=True, loss_tile_rows=rows) for rows in (None, 256))
+    # Of 2048 rows of fp32 logits with their 16-bit gradients, 256 stay; the peak is then elsewhere.
+    assert whole - tiled > (2048 - 2 * 256) * 151936 * 6 // 2
+    trace = train(UNTIED, loss_tile_rows="16")
+    heads = np.flatnonzero(is_kind(trace, "lm_head"))
+    waits = [[name for name, _, size in operands(trace, int(op), "read") if not size] for op in heads]
+    assert waits == [[], *[["final_normed_grad"]] * (len(heads) - 1)]

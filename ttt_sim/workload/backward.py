@@ -269,8 +269,10 @@ class Backward:
             count = min(tile, rows - first)
             part: Read = (normed[0], d.size(count, width))
             logits = s.buffer("logits", (count, vocab), LOGITS_DTYPE)
+            # Not before the tile above is done, or the logits of all tiles would be there at once.
+            above: list[Read] = [(done, 0) for done, _ in parts[-1:]]
             s.op(
-                "lm_head", reads=[part, table], writes=[logits], dtype=d.dtype, m=count, n=vocab, k=width,
+                "lm_head", reads=[part, table, *above], writes=[logits], dtype=d.dtype, m=count, n=vocab, k=width,
                 phase=Phase.FORWARD,
             )  # fmt: skip
             losses = s.buffer("losses", (count, 2), LOGITS_DTYPE)
@@ -473,7 +475,8 @@ class Training:
                     backward.layer(segment, to_input=chosen[0] > 0 or "embedding" in shared, other=other)
                 back |= dict.fromkeys(chosen, segment)
             if layers and self.recompute:
-                segment = add(layers, Phase.RECOMPUTE)
+                # Not before the layers above are done, or the rows of all layers would be there at once.
+                segment = Segment(builder, run, layers, Phase.RECOMPUTE, after=("layer_output_grad",))
                 self.decoder.emit_layer(segment, other)
                 again |= dict.fromkeys(layers, segment)
         for layer in reversed(range(n_layers)):

@@ -73,12 +73,16 @@ class _Operands:
 class Segment:
     """Ops emitted once and repeated for ``layers`` (empty: ops outside the layers) and the calls of ``run``.
 
-    ``phase``: that of ops which do not say another.
+    ``phase``: that of ops which do not say another; ``after``: what the first of them waits for, read without bytes.
     """
 
-    def __init__(self, builder: TraceBuilder, run: Run, layers: Sequence[int], phase: Phase = Phase.FORWARD) -> None:
+    def __init__(
+        self, builder: TraceBuilder, run: Run, layers: Sequence[int], phase: Phase = Phase.FORWARD, *,
+        after: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self._builder = builder
         self._phase = phase
+        self._after: tuple[Read, ...] = tuple((name, 0) for name in after)
         self.run = run
         self.layers = tuple(layers)
         self.rows: list[list[int]] = []
@@ -131,7 +135,7 @@ class Segment:
         self.rows.append(row)
         number = self._builder.number_of
         before = len(self.read_entries.sizes)
-        for operand in reads:
+        for operand in (*reads, *(self._after if len(self.rows) == 1 else ())):
             self.read_entries.add(number(operand[0]), operand[2] if len(operand) == 3 else 0, operand[1])
         self.read_entries.counts.append(len(self.read_entries.sizes) - before)
         before = len(self.write_entries.sizes)
