@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FloatArray = npt.NDArray[np.float64]
+#: Bits of a word of flags; the sign is not one of them.
+_BITS = 62
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -110,13 +112,18 @@ class Result:
     def label_index(self) -> tuple[IntArray, list[str]]:
         """(index of each kernel's label, labels): the names of the op kinds in a kernel joined by +."""
         kernels = self.lowered.kernels
-        present, place = np.unique(self.trace.kind, return_inverse=True)
-        kinds = np.zeros(kernels.n, dtype=np.int64)  # one bit per kind of the trace
-        np.bitwise_or.at(kinds, kernels.of_op, np.int64(1) << place.reshape(-1).astype(np.int64))
-        sets, index = np.unique(kinds, return_inverse=True)
+        words = -(-len(OP_KINDS) // _BITS)
+        kinds = np.zeros((words, kernels.n), dtype=np.int64)  # one bit per kind
+        word, bit = self.trace.kind // _BITS, self.trace.kind % _BITS
+        np.bitwise_or.at(kinds, (word, kernels.of_op), np.int64(1) << bit)
+        index = np.zeros(kernels.n, dtype=np.int64)
+        for bits in kinds[::-1]:
+            values, place = np.unique(bits, return_inverse=True)
+            index = index * values.size + place.reshape(-1)
+        _, first, index = np.unique(index, return_index=True, return_inverse=True)
         names = [
-            "+".join(OP_KINDS[code].name for bit, code in enumerate(present.tolist()) if bits >> bit & 1)
-            for bits in sets.tolist()
+            "+".join(kind.name for code, kind in enumerate(OP_KINDS) if bits[code // _BITS] >> code % _BITS & 1)
+            for bits in kinds[:, first].T.tolist()
         ]
         return index.astype(np.int64).reshape(-1), names
 

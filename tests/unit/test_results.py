@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from tests.unit.lower_tools import HandTrace, add_residual, chip, gemm_trace, residual_trace
 from tests.unit.trace_tools import TOY
 from ttt_sim.model import Scenario, TTTSettings
-from ttt_sim.ops import TRAFFIC_CLASSES, Phase, Role
+from ttt_sim.ops import OP_KINDS, TRAFFIC_CLASSES, Phase, Role
 from ttt_sim.results import Result, level_names
 from ttt_sim.simulation import simulate_trace
 from ttt_sim.workload import METHODS, build_trace
@@ -190,3 +192,11 @@ def test_steps_end_in_order(toy_result):
 def test_labels_name_every_kind_of_a_kernel(toy_result):
     kinds = toy_result.ops().groupby("kernel")["kind"].agg(lambda names: set(names)).tolist()
     assert [set(label.split("+")) for label in toy_result.kernel_labels()] == kinds
+
+
+def test_every_kind_has_a_label_of_its_own(toy_result):
+    """Also the last of more kinds than a number has bits."""
+    trace = toy_result.trace
+    for code, kind in enumerate(OP_KINDS):
+        renamed = replace(toy_result, trace=replace(trace, kind=np.full(trace.n_ops, code, dtype=np.int64)))
+        assert set(renamed.kernel_labels()) == {kind.name}
