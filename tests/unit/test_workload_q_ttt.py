@@ -110,6 +110,18 @@ def test_steps_do_not_depend_on_the_context_but_their_time_does() -> None:
     assert seconds("4k") < seconds("32k") < 8 * seconds("4k")
 
 
+def test_a_quantised_cache_is_scaled_back_in_both_directions() -> None:
+    def lanes(kv_dtype: str) -> list[int]:
+        settings = METHOD.settings(None, kv_dtype, None)
+        call = METHOD.step_call(settings, T)
+        trace = build_trace(TOY, settings, Scenario(batch=B, dtype="bf16", calls=(call,), task="train"))
+        return [int(trace.vector_ops[op]) for op in np.flatnonzero(is_kind(trace, "attention", "attention_grad"))]
+
+    # a product and a sum for each of T keys and values, of two heads of 16
+    more = [stored - plain for stored, plain in zip(lanes("int8"), lanes("bf16"), strict=True)]
+    assert more == [2 * 2 * B * T * 2 * 16] * (2 * LAYERS)
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="without stages"):
         step(parallel=Parallel(pp=2))

@@ -19,7 +19,7 @@ import numpy as np
 
 from ttt_sim.model import Call
 from ttt_sim.ops import Num, Phase, Role
-from ttt_sim.workload.attention import attention_weights, kv_token_bytes, stored_tokens, visible_pairs
+from ttt_sim.workload.attention import attention_weights, dequantise_lanes, kv_token_bytes, stored_tokens, visible_pairs
 from ttt_sim.workload.builder import Read, Run, Segment, TraceBuilder, Write, n_bytes
 from ttt_sim.workload.transformer import Decoder, OtherMlp
 
@@ -192,6 +192,7 @@ class Backward:
             ],
             writes=[q_grad, k_grad, v_grad], dtype=d.dtype, batch=d.batch, m=m, n=n_keys, k=h, heads=model.n_heads,
             kv_heads=model.n_kv_heads, pairs=pairs,
+            extra_lanes=dequantise_lanes(d.kv, 2 * d.batch * model.n_kv_heads * h * (n_keys - m)),
         )  # fmt: skip
         suffix = "_normed" if model.qk_norm else ""
         turned = [grad_of(f"q{suffix}", q_width), grad_of(f"k{suffix}", kv_width)]
