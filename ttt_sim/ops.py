@@ -360,15 +360,16 @@ class OpCost(NamedTuple):
 class ScanRule(NamedTuple):
     """What a scan does with every chunk of c tokens, for each state.
 
-    ``products``: letters (rows, columns, depth) out of c, n and k; those with c twice are among the tokens of a chunk
-    and fall away where a scan goes token by token. ``triangular`` ones take half. ``stages``: products from one state
-    to the next of which each needs the one before. A state is ``states`` matrices of k x n. Lane operations:
-    ``state_lanes`` per element of it and chunk, ``pair_lanes`` per pair of tokens of a chunk, ``n_lanes`` and
-    ``k_lanes`` per token and n or k, of which ``n_exp`` exponentials; ``roots`` per token.
+    ``products``: letters (rows, columns, depth) out of c, n and k; ``within``: more of them where there are chunks,
+    which fall away where a scan goes token by token, and ``triangular`` ones, which take half. ``stages``: products
+    from one state to the next of which each needs the one before. A state is ``states`` matrices of k x n. Lane
+    operations: ``state_lanes`` per element of k x n and chunk, ``pair_lanes`` per pair of tokens of a chunk,
+    ``n_lanes`` and ``k_lanes`` per token and n or k, of which ``n_exp`` exponentials; ``roots`` per token.
     """
 
     products: tuple[str, ...]
     stages: int
+    within: tuple[str, ...] = ()
     triangular: tuple[str, ...] = ()
     states: int = 1
     state_lanes: int = 0
@@ -380,25 +381,30 @@ class ScanRule(NamedTuple):
 
 
 # Correction, output and update of the state; keys with keys and with queries, output from the chunk, the solve.
-_DELTA_RULE = ScanRule(products=("cnk", "cnk", "knc", "cck", "cck", "cnc"), triangular=("ccn", "cck"), stages=2)
+_DELTA_RULE = ScanRule(
+    products=("cnk", "cnk", "knc"), within=("cck", "cck", "cnc"), triangular=("ccn", "cck"), stages=2
+)
+# Keys through two matrices, the gradient back through the second, both updates, queries through both; within a chunk
+# queries with keys, times gradients, for both.
+_MLP, _MLP_WITHIN = ("cnk", "ckn", "cnk", "knc", "nkc", "cnk", "ckn"), ("cck", "cnc", "ccn", "ckc")
 #: The rule of every kind of class SCAN.
 SCAN_RULE: Mapping[str, ScanRule] = {
     "delta_rule": _DELTA_RULE,
     "delta_step": _DELTA_RULE,
     # step and decay per element as in the published kernel
     "ssm_step": ScanRule(products=("cnk", "knc"), stages=1, state_lanes=2),
-    # K W, its update, Q W; queries with keys, times gradients. LayerNorm forward, backward and of the output.
+    # LayerNorm forward, backward and of the output
     "linear_update": ScanRule(
-        products=("cnk", "knc", "cnk", "cck", "cnc"), stages=2, pair_lanes=2, n_lanes=26, roots=2
+        products=("cnk", "knc", "cnk"), within=("cck", "cnc"), stages=2, pair_lanes=2, n_lanes=26, roots=2
     ),
-    # The same for two matrices, and the gradient back through the second; GELU twice forward and once backward.
+    # the same, and GELU twice forward and once backward
     "mlp_update": ScanRule(
-        products=("cnk", "ckn", "cnk", "knc", "nkc", "cnk", "ckn", "cck", "cnc", "ccn", "ckc"), stages=4, states=2,
-        pair_lanes=4, n_lanes=28, n_exp=3, k_lanes=26, roots=2,
+        products=_MLP, within=_MLP_WITHIN, stages=4, states=2, pair_lanes=4, n_lanes=28, n_exp=3, k_lanes=26, roots=2
     ),
+    # in chunks queries go through the momentum too, and gradients are summed for it with weights of its own
     "memory_update": ScanRule(
-        products=("cnk", "ckn", "cnk", "knc", "nkc", "cnk", "ckn", "cck", "cnc", "ccn", "ckc"), stages=4, states=4,
-        state_lanes=2, pair_lanes=4, n_lanes=28, n_exp=3, k_lanes=2,
+        products=_MLP, within=(*_MLP_WITHIN, "cnk", "ckn", "knc", "nkc"), stages=4, states=4, state_lanes=6,
+        pair_lanes=4, n_lanes=28, n_exp=3, k_lanes=2,
     ),
 }  # fmt: skip
 
@@ -412,11 +418,11 @@ def scan_chunks(m: int, chunk: int) -> list[tuple[int, int]]:
 def scan_products(kind: str, *, n: int, k: int, chunk: int) -> list[tuple[tuple[int, int, int], bool]]:
     """((rows, columns, depth), half of it) of each product of a chunk; ``chunk`` 0: one token by itself."""
     rule, size = SCAN_RULE[kind], {"c": max(chunk, 1), "n": n, "k": k}
+    within = ((rule.within, False), (rule.triangular, True)) if chunk else ()
     return [
         ((size[name[0]], size[name[1]], size[name[2]]), half)
-        for names, half in ((rule.products, False), (rule.triangular, True))
+        for names, half in ((rule.products, False), *within)
         for name in names
-        if chunk or name.count("c") < 2
     ]
 
 
@@ -425,7 +431,7 @@ def _scan_cost(kind: str, *, states: int, m: int, n: int, k: int, chunk: int, ex
     for size, times in scan_chunks(m, chunk):
         for (rows, cols, depth), half in scan_products(kind, n=n, k=k, chunk=size):
             flops += times * rows * cols * depth * (1 if half else 2)
-        lanes += times * (rule.state_lanes * rule.states * n * k + rule.pair_lanes * size * size)
+        lanes += times * (rule.state_lanes * n * k + rule.pair_lanes * size * size)
     lanes += m * (rule.n_lanes * n + rule.k_lanes * k + rule.roots)
     exps, roots = m * rule.n_exp * n, m * rule.roots
     return OpCost(states * flops, states * lanes + extra_lanes, states * exps, states * roots, 0)

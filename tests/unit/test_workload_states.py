@@ -111,9 +111,9 @@ def test_ttt_layers_by_mini_batch(method, kind, form) -> None:
 def test_titans_is_ttt_mlp_in_larger_chunks_with_momentum() -> None:
     heads, h, n = 4, 16, 64
     scan = totals(*_only(trace_of("titans", one_call(0, 70, batch=2)), "memory_update"))
-    assert scan.flops == TOY.n_layers * 2 * heads * (forms.ttt_mlp_flops(64, h) + forms.ttt_mlp_flops(6, h))
-    # momentum and memory: two lane operations per element and chunk; 4 c^2 masks; GELU 28 n and error 2 h per token
-    lanes = 2 * 2 * 4 * n * h + 4 * (64**2 + 6**2) + 70 * (28 * n + 2 * h)
+    assert scan.flops == TOY.n_layers * 2 * heads * (forms.titans_flops(64, h) + forms.titans_flops(6, h))
+    # momentum and memory: six per element of a matrix and chunk; masks 4 c^2; GELU 28 n and error 2 h per token
+    lanes = 2 * 6 * n * h + 4 * (64**2 + 6**2) + 70 * (28 * n + 2 * h)
     assert scan.vector_ops == TOY.n_layers * 2 * heads * lanes
 
 
@@ -240,6 +240,18 @@ def test_small_chunks_leave_a_gpu_idle() -> None:
     seconds = done.cycles_by_kernel["linear_update"] / point.chip.clock_hz
     flops = totals(done.result.trace, scan).flops
     assert flops / seconds < 0.05 * point.chip.unit("matrix").peak_per_s["bf16"]
+
+
+def test_ttt_linear_overtakes_attention_on_an_a100() -> None:
+    """The paper, at 1.3 B parameters and batch 16: from 8K tokens on."""
+
+    def seconds(method: str, context: int) -> float:
+        point = make_point("a100", "Qwen3-1.7B", method, phase="prefill", context=context, batch=16, chips=1)
+        return float(str(simulate_point(point).record["seconds"]))
+
+    assert seconds("ttt_linear", 2048) > seconds("kv", 2048)
+    for context in (8192, 16384):
+        assert seconds("ttt_linear", context) < seconds("kv", context)
 
 
 def test_the_primal_form_is_much_slower() -> None:

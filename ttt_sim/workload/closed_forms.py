@@ -294,6 +294,11 @@ def ttt_mlp_flops(mini_batch: int, head_dim: int) -> int:
     return 56 * mini_batch * head_dim**2 + 20 * mini_batch**2 * head_dim
 
 
+def titans_flops(chunk: int, head_dim: int) -> int:
+    """88 c h^2 + 20 c^2 h: an MLP like that of TTT-MLP, and four products more with and for the momentum."""
+    return ttt_mlp_flops(chunk, head_dim) + 32 * chunk * head_dim**2
+
+
 def ttt_weights(layers: int, heads: int, head_dim: int, *, mlp: bool) -> int:
     """Weights without biases: h^2, or 8 h^2 of an MLP."""
     return layers * heads * head_dim**2 * (8 if mlp else 1)
