@@ -9,8 +9,9 @@ chunk has. Up to 15 sequences every n is simulated, then every n of four signifi
 Sequences that *complete a chunk* in a step add what a simulated lockstep of so many sequences takes more in the step
 that completes its chunk, and what that holds up in the next, than in an ordinary step.
 
-A *prefill call* takes the next tokens of one prompt and is a step of its own, simulated at multiples of 32 tokens and
-interpolated between these, never across the end of a chunk.
+A *prefill call* takes the next tokens of one prompt and is a step of its own. Of every 64 lengths the first and the last
+are simulated and those between interpolated, never across the end of a chunk: rows come in tiles, so time jumps after a
+multiple of their height.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from ttt_sim.system import holdings
 from ttt_sim.units import ceil_div, format_bytes
 from ttt_sim.workload import build_trace, find_method, state_per_sequence
 
-#: Tokens between simulated lengths of a prefill call.
-CALL_STEP_TOKENS = 32
+#: Lengths of a prefill call between which times are interpolated.
+CALL_STEP_TOKENS = 64
 #: Sequences whose chunks are completed together at most; more follow in further rounds, which bounds their activations.
 UPDATE_GROUP = 8
 #: First rows of a chunk that may cost something of their own.
@@ -260,27 +261,24 @@ class StepTimes:
     def prefill(self, position: int, tokens: int, *, logits: bool) -> Cost:
         """A call of one sequence: ``tokens`` after ``position`` others, the last of the prompt if it gives ``logits``."""
         low, high = self._calls_beside(position, tokens)
-        here = self._call(position, low, logits)
-        if low == high:
-            return here
-        above = self._call(position, high, logits)
+        if tokens in (low, high):
+            return self._call(position, tokens, logits)
+        here, above = self._call(position, low, logits), self._call(position, high, logits)
         part, whole = tokens - low, high - low
         return Cost(here.ps + (above.ps - here.ps) * part // whole, here.pj + (above.pj - here.pj) * part // whole)
 
     def _calls_beside(self, position: int, tokens: int) -> tuple[int, int]:
-        """Lengths that are simulated, at most ``tokens`` and at least: multiples of a step, or the ends of the lengths
-        that complete as many chunks."""
-        low = tokens - tokens % CALL_STEP_TOKENS
-        if low == tokens:
-            return tokens, tokens
-        high, low = low + CALL_STEP_TOKENS, max(low, 1)
+        """Lengths that are simulated, at most ``tokens`` and at least: the ends of the range of lengths that fill as many
+        tiles and complete as many chunks."""
+        low = tokens - (tokens - 1) % CALL_STEP_TOKENS
+        high = low + CALL_STEP_TOKENS - 1
         chunk = self.machine.chunk_tokens
         if chunk is not None:
             open_rows = position % chunk
             completed = (open_rows + tokens) // chunk
             low = max(low, completed * chunk - open_rows)
             high = min(high, (completed + 1) * chunk - open_rows - 1)
-        return low, min(high, max(self.machine.call_tokens, tokens))
+        return low, high
 
     def _call(self, position: int, tokens: int, logits: bool) -> Cost:
         key = position, tokens, logits
