@@ -42,6 +42,10 @@ REPLAY_OPTIONS = frozenset(
 )
 
 
+#: Options of ``serve`` that shape a random stream.
+STREAM_OPTIONS = ("rate", "count", "prompt", "output", "lengths", "seed")
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors name the nearest valid command or option and exit with status 2."""
 
@@ -210,6 +214,34 @@ def _parser() -> argparse.ArgumentParser:
     drift.add_argument("--seed", type=int, default=0, metavar="N", help="of inputs and rounding (default: %(default)s)")
     drift.add_argument("--out", metavar="DIR", default="reports/drift", help="folder of results (default: %(default)s)")
     drift.set_defaults(function=_drift)
+
+    serve = command("serve", "serve a stream of requests on a chip: latencies, load, and what a token costs")
+    serve.add_argument("chip", metavar="CHIP", help="chip file, or the name of a built-in one (see: ttt_sim chips)")
+    _workload_options(serve)
+    serve.add_argument(
+        "--method", default="kv,ttt_window", metavar="LIST", help="methods to serve (default: %(default)s)"
+    )
+    serve.add_argument("--requests", metavar="FILE", help="CSV file of arrival_s,prompt_tokens,output_tokens")
+    serve.add_argument(
+        "--rate", type=float, metavar="R",
+        help="random requests per second (default: 0.8 of what the slowest method sustains)",
+    )  # fmt: skip
+    serve.add_argument("--count", type=int, metavar="N", help="random requests (default: 1000)")
+    serve.add_argument("--prompt", metavar="TOKENS", help="mean prompt of random requests (default: 2k)")
+    serve.add_argument("--output", metavar="TOKENS", help="mean output of random requests (default: 256)")
+    serve.add_argument("--lengths", help="fixed, uniform or exponential (default) lengths of random requests")
+    serve.add_argument("--seed", type=int, metavar="N", help="of random requests (default: 0)")
+    serve.add_argument(
+        "--batch", type=int, default=256, metavar="N", help="most sequences at once (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--policy", default="prefill_first",
+        help="prefill_first (default): prompts before any token; alternate: a prefill call and a decode step in turn",
+    )  # fmt: skip
+    serve.add_argument("--tp", type=int, metavar="N", help="chips that share the model (default: as few as hold it)")
+    serve.add_argument("--out", metavar="DIR", help="folder of the report (default: reports/<chip>-serving)")
+    _chip_options(serve)
+    serve.set_defaults(function=_serve)
 
     predict = command("predict", "predict the latency of ops and whole models, row by row of a CSV file")
     predict.add_argument("chip", metavar="CHIP|auto", help="chip, or auto: by the device of each row")
@@ -601,6 +633,48 @@ def _drift(args: argparse.Namespace) -> int:
     drift = run_drift(settings, progress=progress_bar)
     write_drift(drift, out, command=_command_line(), version=__version__)
     print_drift(drift, out)
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from ttt_sim.model_config import load_model
+    from ttt_sim.report.folder import check_out
+
+    chip, model, ttt = _chip(args), load_model(args.model), _ttt(args)
+    methods, window = _words("--method", args.method), _tokens("--window", args.window)
+    dtype = _check_workload(args, model, methods, window, ttt, chip)
+    out = Path(args.out or f"reports/{chip.name}-serving")
+    check_out(out)
+    from ttt_sim.serving.requests import read_requests
+    from ttt_sim.serving.serve import Serving, Stream, serve
+    from ttt_sim.system import arrange
+
+    given = {n: v for n in STREAM_OPTIONS if (v := getattr(args, n)) is not None}
+    stream: Any
+    if args.requests is not None:
+        if given:
+            raise ConfigError(f"--{next(iter(given))}: does not apply to requests of a file")
+        stream = read_requests(Path(args.requests))
+    else:
+        given |= {name: _tokens(f"--{name}", given[name]) for name in ("prompt", "output") if name in given}
+        if "rate" in given:
+            given["rate_per_s"] = given.pop("rate")
+        stream = Stream(**given)
+    try:
+        if args.tp is not None:
+            arrange(model, tp=args.tp)
+        settings = Serving(
+            chip=chip, model=model, methods=methods, stream=stream, ttt=ttt, window=window, dtype=dtype,
+            kv_dtype=args.kv_dtype, call_tokens=_tokens("call", args.call), most_sequences=args.batch,
+            policy=args.policy, tp=args.tp,
+        )  # fmt: skip
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from None
+    run = serve(settings)
+    from ttt_sim.report.serving import print_served, write_served
+
+    write_served(run, out, command=_command_line(), version=__version__)
+    print_served(run, out)
     return 0
 
 

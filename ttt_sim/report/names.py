@@ -24,7 +24,7 @@ METHOD_STYLES: Mapping[str, MethodStyle] = {
     "ttt": MethodStyle("TTT + full attention", "#D55E00", "s", "-"),
     "ttt_window": MethodStyle("TTT + window", "#E69F00", "^", "--"),
 }
-_OTHER_STYLES: tuple[tuple[str, str], ...] = (("#CC79A7", "P"), ("#000000", "X"), ("#999933", "h"), ("#882255", "*"))
+OTHER_STYLES: tuple[tuple[str, str], ...] = (("#CC79A7", "P"), ("#000000", "X"), ("#999933", "h"), ("#882255", "*"))
 
 #: Groups of kernels: title, colour, the op kinds that put a kernel into it. The first group with a match wins.
 KERNEL_GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -67,7 +67,7 @@ def method_style(data: ReportData, method: str) -> MethodStyle:
     known = METHOD_STYLES.get(method)
     if known is None:
         others = [m for m in data.methods if m not in METHOD_STYLES]
-        color, marker = _OTHER_STYLES[others.index(method) % len(_OTHER_STYLES)]
+        color, marker = OTHER_STYLES[others.index(method) % len(OTHER_STYLES)]
         known = MethodStyle(method, color, marker, "-")
     return with_window(known, data.window_tokens(method))
 

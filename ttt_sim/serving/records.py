@@ -1,4 +1,4 @@
-"""What a run of a server says: one record of a method, one row per request, percentiles, rates that can be sustained."""
+"""What a run of a server says: one record of a method, rows of requests, percentiles, sustainable rates."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _SAMPLES = 8
 #: Columns of the record of a method, in order.
 RECORD_COLUMNS: tuple[str, ...] = (
     "method", "chip", "variant", "model", "dtype", "chips", "fits", "reason", "requests", "prompt_tokens",
-    "output_tokens", "offered_per_s", "sustainable_per_s", "sustained", "seconds", "requests_per_s", "tokens_per_s",
-    "busy_frac", "prefill_frac", "decode_frac", "swap_frac", "mean_batch", "largest_batch", "most_sequences",
-    "full_batch", "room_bytes", "used_bytes", "swaps", "recomputes", "recomputed_tokens", "completed_chunks",
-    "completing_steps", "boundary_added_seconds",
+    "output_tokens", "offered_per_s", "sustainable_per_s", "load_frac", "sustained", "seconds", "requests_per_s",
+    "tokens_per_s", "busy_frac", "prefill_frac", "decode_frac", "swap_frac", "mean_batch", "largest_batch",
+    "most_sequences", "full_batch", "room_bytes", "used_bytes", "swaps", "recomputes", "recomputed_tokens",
+    "completed_chunks", "completing_steps", "boundary_added_seconds",
     *(f"{name}_{percentile}_seconds" for name in DURATIONS for percentile in PERCENTILES),
     "energy_j_per_token", "cost_usd_per_million_tokens", "full_load_chip_seconds_per_million_tokens",
     "full_load_cost_usd_per_million_tokens", "cost_ratio", "cost_ratio_at_this_load",
@@ -102,7 +102,9 @@ def server_record(server: Server, machine: Machine, full: FullLoad) -> dict[str,
     end = max(one.finished_ps for one in server.served)
     span_ps = end - requests[0].arrival_ps
     made = sum(one.made for one in server.served)
-    spent = {kind: sum(step.ps for step in steps if step.kind.startswith(kind)) for kind in ("prefill", "decode", "swap")}
+    spent = {
+        kind: sum(step.ps for step in steps if step.kind.startswith(kind)) for kind in ("prefill", "decode", "swap")
+    }
     decodes = [step for step in steps if step.kind == "decode"]
     offered = offered_per_s(requests)
     chips, chip = machine.parallel.chips, machine.chip
@@ -110,11 +112,14 @@ def server_record(server: Server, machine: Machine, full: FullLoad) -> dict[str,
     energy = server.dynamic_pj / PJ_PER_J + chips * chip.power.idle_w * seconds
     rent = chip.price.per_hour_usd
     full_seconds = full.ps_per_request * len(requests) / made / PS_PER_S * chips * 1e6
-    mean_tokens = sum(one.request.prompt_tokens + one.request.output_tokens // 2 for one in server.served) // len(requests)
+    mean_tokens = sum(one.request.prompt_tokens + one.request.output_tokens // 2 for one in server.served) // len(
+        requests
+    )
     record = identity(machine) | {
         "fits": True, "reason": "", "requests": len(requests),
         "prompt_tokens": sum(request.prompt_tokens for request in requests), "output_tokens": made,
         "offered_per_s": offered, "sustainable_per_s": full.requests_per_s,
+        "load_frac": None if offered is None else offered / full.requests_per_s,
         "sustained": offered is not None and offered <= full.requests_per_s,
         "seconds": seconds, "requests_per_s": len(requests) / seconds, "tokens_per_s": made / seconds,
         "busy_frac": sum(spent.values()) / span_ps,

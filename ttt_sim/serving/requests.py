@@ -175,8 +175,8 @@ def poisson_requests(
             raise ConfigError(f"{name}: {mean} must be at least 1 token")
     if largest * (prompt + output) > LONGEST_TOKENS:
         raise ConfigError(
-            f"prompt, output: requests of up to {largest:g} x ({prompt} + {output}) tokens ({lengths} lengths) are longer "
-            f"than {LONGEST_TOKENS}"
+            f"prompt, output: {lengths} lengths of up to {largest:g} x ({prompt} + {output}) tokens are longer than "
+            f"{LONGEST_TOKENS}"
         )
     if not 0 < rate_per_s < float("inf") or count / rate_per_s > LONGEST_STREAM_S / 2:
         raise ConfigError(
@@ -186,7 +186,8 @@ def poisson_requests(
     gaps = -log(_uniform(seed, _ARRIVALS, count)) / rate_per_s
     arrivals = np.cumsum(np.rint(gaps * PS_PER_S).astype(np.int64))
     prompts, outputs = (
-        _lengths(lengths, mean, _uniform(seed, stream, count)) for stream, mean in ((_PROMPTS, prompt), (_OUTPUTS, output))
+        _lengths(lengths, mean, _uniform(seed, stream, count))
+        for stream, mean in ((_PROMPTS, prompt), (_OUTPUTS, output))
     )
     return tuple(
         Request(arrival_ps=arrival, prompt_tokens=p, output_tokens=o)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ttt_sim.chip import Chip
 from ttt_sim.errors import CapacityError, ConfigError, UnsupportedError
@@ -13,7 +13,6 @@ from ttt_sim.model import MethodSettings, Model, Parallel, TTTSettings
 from ttt_sim.serving.records import (
     RECORD_COLUMNS,
     REQUEST_COLUMNS,
-    STEP_COLUMNS,
     FullLoad,
     full_load,
     identity,
@@ -91,8 +90,8 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Run:
-    """``records`` with :data:`RECORD_COLUMNS`, ``requests`` with :data:`REQUEST_COLUMNS`, ``steps`` with
-    :data:`STEP_COLUMNS` of every method. ``simulated``: traces that times come from, by method."""
+    """``records`` with :data:`RECORD_COLUMNS`, ``requests`` with :data:`REQUEST_COLUMNS`, ``steps`` with the
+    columns of :func:`step_frame`, of every method. ``simulated``: traces that times come from, by method."""
 
     settings: Serving
     stream: tuple[Request, ...]
@@ -105,7 +104,7 @@ class Run:
     def offered_per_s(self) -> float | None:
         return offered_per_s(self.stream)
 
-    def record(self, method: str) -> Mapping[str, object]:
+    def record(self, method: str) -> Mapping[str, Any]:
         return dict(self.records.set_index("method", drop=False).loc[method])
 
 

@@ -66,7 +66,7 @@ class Step(NamedTuple):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Served:
-    """What became of a request, in ps; a time is -1 until it has come. ``tokens`` whose state is held, ``made`` outputs."""
+    """What became of a request, in ps, -1 until it has come. ``tokens`` whose state is held, ``made`` outputs."""
 
     number: int
     request: Request
@@ -94,7 +94,7 @@ class Served:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Server:
-    """One run. ``gaps_ps``: time between two tokens of a sequence, an array per decode step or prompt computed again."""
+    """One run. ``gaps_ps``: times between two tokens of a sequence, in an array for each step that gave tokens."""
 
     requests: Sequence[Request]
     times: Times
@@ -153,7 +153,7 @@ class Server:
     ) -> simpy.Event:
         """Note a step that begins now; the event of its end."""
         self.steps.append(
-            Step(env.now, cost.ps, kind, batch, tokens, completing, len(self._waiting), self._used_bytes())
+            Step(int(env.now), cost.ps, kind, batch, tokens, completing, len(self._waiting), self._used_bytes())
         )
         self.dynamic_pj += cost.pj
         return env.timeout(cost.ps)
@@ -178,7 +178,7 @@ class Server:
             ):
                 return
             self._waiting.popleft()
-            one.admitted_ps = env.now if one.admitted_ps < 0 else one.admitted_ps
+            one.admitted_ps = int(env.now) if one.admitted_ps < 0 else one.admitted_ps
             if not one.swapped:
                 self._prompts.append(one)
                 continue
@@ -228,13 +228,14 @@ class Server:
             return
         self._prompts.popleft()
         self._computed, one.tokens = 0, total
+        now = int(env.now)
         if one.first_token_ps < 0:
-            one.first_token_ps = env.now
+            one.first_token_ps = now
         else:
-            self.gaps_ps.append(np.array([env.now - one.last_token_ps], dtype=np.int64))
-            one.longest_gap_ps = max(one.longest_gap_ps, env.now - one.last_token_ps)
+            self.gaps_ps.append(np.array([now - one.last_token_ps], dtype=np.int64))
+            one.longest_gap_ps = max(one.longest_gap_ps, now - one.last_token_ps)
         self._running.append(one)
-        self._take_token(one, env.now)
+        self._take_token(one, now)
 
     def _decode(self, env: simpy.Environment) -> Generator[simpy.Event, None, None]:
         """A token for every sequence."""
@@ -247,7 +248,7 @@ class Server:
         cost = Cost(ordinary.ps + extra.ps, ordinary.pj + extra.pj)
         n = len(self._running)
         yield self._step(env, "decode", cost, batch=n, tokens=n, completing=completing)
-        now: int = env.now
+        now = int(env.now)
         gaps = now - np.array([one.last_token_ps for one in self._running], dtype=np.int64)
         self.gaps_ps.append(gaps)
         for one, gap in zip(tuple(self._running), gaps.tolist(), strict=True):

@@ -9,9 +9,9 @@ chunk has. Up to 15 sequences every n is simulated, then every n of four signifi
 Sequences that *complete a chunk* in a step add what a simulated lockstep of so many sequences takes more in the step
 that completes its chunk, and what that holds up in the next, than in an ordinary step.
 
-A *prefill call* takes the next tokens of one prompt and is a step of its own. Of every 64 lengths the first and the last
-are simulated and those between interpolated, never across the end of a chunk: rows come in tiles, so time jumps after a
-multiple of their height.
+A *prefill call* takes the next tokens of one prompt and is a step of its own. Of every 64 lengths the first and the
+last are simulated and those between interpolated, never across the end of a chunk: rows come in tiles, so time jumps
+after a multiple of their height.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What serves: a model with a method on ``parallel.chips`` chips. ``call_tokens``: most tokens of a prefill call."""
+    """A model with a method on ``parallel.chips`` chips. ``call_tokens``: most tokens of a prefill call."""
 
     chip: Chip
     model: Model
@@ -127,11 +127,11 @@ def check_served(method: MethodSettings) -> None:
     found = find_method(method.name)
     if not found.batched or found.adapts != "prefill" or "decode" not in found.phases:
         raise ConfigError(
-            f"method {method.name} does not take a prompt in and decode in steps that sequences share, so it is not served"
+            f"method {method.name} is not served: it does not take prompts in by prefill and share decode steps"
         )
     if method.ttt is not None and method.ttt.chunk_tokens < LEAST_CHUNK_TOKENS:
         raise ConfigError(
-            f"chunk: {method.ttt.chunk_tokens} is less than {LEAST_CHUNK_TOKENS} tokens, the shortest chunk that is served"
+            f"chunk: {method.ttt.chunk_tokens} is less than {LEAST_CHUNK_TOKENS} tokens, the shortest that is served"
         )
 
 
@@ -259,7 +259,7 @@ class StepTimes:
         return [2 * chunk - 1 + i for i in range(-2, 3)]
 
     def prefill(self, position: int, tokens: int, *, logits: bool) -> Cost:
-        """A call of one sequence: ``tokens`` after ``position`` others, the last of the prompt if it gives ``logits``."""
+        """A call of one sequence: ``tokens`` after ``position`` others; ``logits``: the last of its prompt."""
         low, high = self._calls_beside(position, tokens)
         if tokens in (low, high):
             return self._call(position, tokens, logits)
@@ -268,8 +268,8 @@ class StepTimes:
         return Cost(here.ps + (above.ps - here.ps) * part // whole, here.pj + (above.pj - here.pj) * part // whole)
 
     def _calls_beside(self, position: int, tokens: int) -> tuple[int, int]:
-        """Lengths that are simulated, at most ``tokens`` and at least: the ends of the range of lengths that fill as many
-        tiles and complete as many chunks."""
+        """Lengths that are simulated, at most and at least ``tokens``: the ends of the range that fills as many tiles
+        and completes as many chunks."""
         low = tokens - (tokens - 1) % CALL_STEP_TOKENS
         high = low + CALL_STEP_TOKENS - 1
         chunk = self.machine.chunk_tokens
