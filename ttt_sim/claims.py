@@ -293,6 +293,9 @@ def _quadratic(lab: Lab) -> Judgement:
 
 #: Chips sold for inference, or whose weights were never meant to change.
 _INFERENCE_CHIPS = ("inferentia2", "ai100_ultra", "groq_lpu", "hexagon_8elite", "npu_xdna2", "northpole", "tpu_v5e")
+#: Within this factor a simulated ratio agrees with a published one.
+_NEAR = 1.25
+_RECALL = "What either recalls is not simulated."
 #: A decode step that takes this many times as long as without updates is no longer the same product.
 _OBSOLETE = 2.0
 
@@ -599,6 +602,54 @@ def _context_parallel(lab: Lab) -> Judgement:
     return Judgement(verdict=verdict, reason=reason, rows=rows, uncertainty=_spread(*records))
 
 
+def _retrieval(lab: Lab) -> Judgement:
+    rows = [
+        ["context", "TTT takes it in", "index of it", "question, TTT", "question, retrieval", "questions to break even"]
+    ]
+    records, breaks = [], []
+    for context in (LONG, 1 << 20):
+        ttt, index = (lab.record("h100", m, find_method(m).adapts, context) for m in ("ttt_window", "rag"))
+        asked, searched = (lab.record("h100", m, "ask", context) for m in ("ttt_window", "rag"))
+        records += [ttt, index, asked, searched]
+        dearer = _of(ttt, "seconds") - _of(index, "seconds")
+        saved = _of(searched, "seconds") - _of(asked, "seconds")
+        questions = max(dearer / saved, 0.0) if saved > 0 else math.inf
+        breaks.append(questions)
+        rows.append([
+            _tokens(context), *(f"{_digits(_of(r, 'seconds'))} s" for r in (ttt, index, asked, searched)),
+            f"{questions:.0f}" if math.isfinite(questions) else "never",
+        ])  # fmt: skip
+    verdict: Verdict = "holds" if max(breaks) == 0 else ("holds when" if min(breaks) < math.inf else "does not hold")
+    reason = (
+        f"a context is asked more than {_digits(min(breaks))} to {_digits(max(breaks))} questions, by cost alone: an "
+        f"index is built sooner, and each question then takes longer. {_RECALL}"
+    )
+    if verdict == "does not hold":
+        reason = "an index is cheaper to build and to ask. " + _RECALL
+    return Judgement(verdict=verdict, reason=reason, rows=rows, uncertainty=_spread(*records))
+
+
+def _end_to_end(lab: Lab) -> Judgement:
+    rows = [["context", "full attention", "TTT-E2E", "ratio", "published"]]
+    records, off = [], []
+    for context, published in ((LONG, 2.7), (2 << 20, 35.0)):
+        full, e2e = (lab.record("h100", m, "prefill", context, model="ttt-e2e-3b") for m in ("kv", "ttt_e2e"))
+        ratio = _of(full, "seconds") / _of(e2e, "seconds")
+        times = (f"{_digits(_of(record, 'seconds'))} s" for record in (full, e2e))
+        rows.append([_tokens(context), *times, _ratio(ratio), _ratio(published)])
+        off.append(ratio / published)
+        records += [full, e2e]
+    within = [1 / _NEAR <= value <= _NEAR for value in off]
+    verdict: Verdict = "holds" if all(within) else ("holds when" if any(within) else "does not hold")
+    said = " and ".join(
+        f"{_digits(value)} times the published ratio at {row[0]}" for value, row in zip(off, rows[1:], strict=True)
+    )
+    reason = f"the simulation gives {said}."
+    if verdict == "holds when":
+        reason = f"it is about {' and '.join(row[0] for row, ok in zip(rows[1:], within, strict=True) if ok)}: {reason}"
+    return Judgement(verdict=verdict, reason=reason, rows=rows, uncertainty=_spread(*records))
+
+
 def _not_simulated(reason: str) -> Callable[[Lab], Judgement]:
     def judge(lab: Lab) -> Judgement:
         return Judgement(verdict="cannot be simulated", reason=reason, rows=[], uncertainty="-")
@@ -673,6 +724,11 @@ _ALL: tuple[Claim, ...] = (
         name="five_to_ten_times_cost", said="Adaptive inference costs 5 to 10 times standard inference.",
         rule="Every method that adapts takes 5 to 10 times the chip time of a KV cache for a context and an answer.",
         command=f"{_RUN} approaches h100 --context 32k --batch 1", judge=_five_to_ten,
+    ),
+    Claim(
+        name="retrieval_unnecessary", said="Retrieval becomes unnecessary.",
+        rule="Taking a context in and asking about it both take less time with TTT than with an index.",
+        command=f"{_RUN} approaches h100 --method ttt_window,rag --context 1M --batch 1", judge=_retrieval,
     ),
     Claim(
         name="context_parallelism", said="Chunk-wise updates scale under context parallelism.",

@@ -86,6 +86,10 @@ def make_point(
     if chunk is not None:
         settings = replace(settings, chunk_tokens=_tokens("chunk", chunk))
     window_tokens = None if window is None else _tokens("window", window)
+    numbers: Mapping[str, object] = {"batch": batch, "chips": chips, "tp": tp, "pp": pp, "cp": cp}
+    for name, value in numbers.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ConfigError(f"{name}: {value!r} is not a whole number")
     if batch < 1:
         raise ConfigError(f"batch: {batch} must be at least 1")
     loaded = chip if isinstance(chip, Chip) else load_chip(chip)

@@ -58,6 +58,8 @@ def test_window_only_matters_to_windowed_methods() -> None:
         ({"context": -5}, "context: -5 must be at least 1"),
         ({"context": "many"}, "'many' is not a number of tokens"),
         ({"batch": 0}, "batch: 0 must be at least 1"),
+        ({"batch": "2"}, "batch: '2' is not a whole number"),
+        ({"tp": 2.0}, "tp: 2.0 is not a whole number"),
         ({"window": 0}, "window: 0 must be at least 1"),
         ({"chunk": 0}, "chunk: 0 must be at least 1"),
         ({"call_tokens": 0}, "call: 0 must be at least 1"),
