@@ -83,7 +83,8 @@ class Result:
         """Cycles of the whole time that each kernel accounts for; they add up to the total.
 
         Time in which the forward stream runs belongs to its kernels, in order of finish. Time in which it waits for
-        an update or a transfer, and what is left after its last kernel, belongs to the kernel that ended the wait.
+        updates or transfers, and what is left after its last kernel, belongs to the kernels that finish in the wait, in
+        order of finish, and what follows the last of these to that one, which ended the wait.
         """
         start, finish = self.kernel_span()
         stream = self.lowered.kernels.stream
@@ -100,8 +101,16 @@ class Result:
         if update.size:
             waited_until = np.r_[soonest, self.cycles]
             waits = np.r_[gap, self.cycles - end]
-            blamed = update[np.maximum(np.searchsorted(finish[update], waited_until, side="right") - 1, 0)]
-            np.add.at(advance, blamed, waits)
+            ends = finish[update]
+            blamed = np.maximum(np.searchsorted(ends, waited_until, side="right") - 1, 0)
+            begin = waited_until - waits
+            shared = np.clip(ends[blamed] - begin, 0, waits)  # of each wait, up to the finish that ended it
+            np.add.at(advance, update[blamed], waits - shared)
+            # Shared time before each finish: that of all waits that began before, of the last one in part.
+            total = np.r_[0, np.cumsum(shared)]
+            last = np.searchsorted(begin, ends, side="left") - 1
+            passed = np.where(last < 0, 0, total[last] + np.clip(ends - begin[last], 0, shared[last]))
+            advance[update] += np.diff(passed, prepend=0)
         return advance
 
     def kernel_labels(self) -> list[str]:

@@ -109,7 +109,7 @@ def test_level_names():
     assert level_names(chip()) == ["far", "hbm", "l2", "tensor_core", "lanes", "sfu", "link", "hbm"]
 
 
-def test_time_waited_for_an_update_belongs_to_it(engine):
+def test_time_waited_for_updates_belongs_to_those_that_finish_in_it(engine):
     # A delta GEMM of 944 cycles and an add of 480 (test_lower_streams.py), then a product with the new weight of 64
     # x 64 x 64: its weight and input are read (128 from main memory, the weight is in the cache) and 64 x 64
     # results leave.
@@ -129,9 +129,10 @@ def test_time_waited_for_an_update_belongs_to_it(engine):
     )  # fmt: skip
     t.op("fast_apply", m=64, n=64, k=64, reads=[("x", 0, 8192), ("W", 1, 8192)], writes=[("y", 0, 8192)], chunk=1)
     result = simulate_trace(chip(), t.build(), engine=engine)
-    start, _ = result.kernel_span()
+    start, finish = result.kernel_span()
     advance = result.kernel_advance()
-    assert advance.tolist() == [0, start[2], result.cycles - start[2]]
+    assert finish[0] == 944
+    assert advance.tolist() == [944, start[2] - 944, result.cycles - start[2]]
     assert result.step_finish_cycles().tolist() == [result.cycles]
 
 
