@@ -12,7 +12,7 @@ from ttt_sim.chip import Chip
 from ttt_sim.dtypes import tensor_bytes
 from ttt_sim.errors import ConfigError, UnsupportedError, WorkloadError
 from ttt_sim.lower.levels import link_to
-from ttt_sim.lower.spill import placed_far
+from ttt_sim.lower.placement import far_names
 from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, shard, stage_starts
 from ttt_sim.ops import KIND, TEMPORARY_ROLES, IntArray, Role, Trace, total_by
 from ttt_sim.units import ceil_div
@@ -50,7 +50,7 @@ def holdings(trace: Trace, n_layers: int, *, pipelined: bool, near: bool = False
     parts = np.zeros((2, n_layers + 2), dtype=np.int64)
     everywhere = np.zeros(2, dtype=np.int64)
     names = {tensor.name for tensor in trace.tensors}
-    far = set(placed_far(trace)) if near else set()
+    far = set(far_names(trace)) if near else set()
     for tensor in trace.tensors:
         if tensor.role in TEMPORARY_ROLES or tensor.name in far:
             continue

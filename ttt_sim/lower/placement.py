@@ -49,6 +49,12 @@ def pinned_names(trace: Trace) -> tuple[str, ...]:
     return tuple(str(name) for name in names) if isinstance(names, (list, tuple)) else ()
 
 
+def far_names(trace: Trace) -> tuple[str, ...]:
+    """Tensors that the workload wants behind the main memory."""
+    names = trace.meta.get("placed_far", ())
+    return tuple(str(name) for name in names) if isinstance(names, (list, tuple)) else ()
+
+
 def computes_in_memory(chip: Chip) -> bool:
     """Whether products run where their weights are stored."""
     return chip.has_unit("matrix") and chip.unit("matrix").dataflow == "in_array"

@@ -10,14 +10,9 @@ import numpy as np
 from ttt_sim.chip import Chip, MemoryLevel
 from ttt_sim.errors import UnsupportedError
 from ttt_sim.lower.kernels import Kernels
+from ttt_sim.lower.placement import far_names
 from ttt_sim.lower.traffic import MAIN, Traffic
 from ttt_sim.ops import TEMPORARY_ROLES, IntArray, Role, Trace, owners, total_by
-
-
-def placed_far(trace: Trace) -> tuple[str, ...]:
-    """Tensors that the workload wants behind the main memory."""
-    names = trace.meta.get("placed_far", ())
-    return tuple(str(name) for name in names) if isinstance(names, (list, tuple)) else ()
 
 
 def with_host_memory(chip: Chip, trace: Trace) -> Chip:
@@ -27,7 +22,7 @@ def with_host_memory(chip: Chip, trace: Trace) -> Chip:
     Raises:
         UnsupportedError: there is no such link either.
     """
-    names = set(placed_far(trace))
+    names = set(far_names(trace))
     if not names or chip.backing is not None:
         return chip
     link = next((link for link in chip.links if link.topology == "host"), None)
@@ -55,7 +50,7 @@ def spill(trace: Trace, kernels: Kernels, traffic: Traffic, nbytes: int) -> Traf
     Each operand entry that reaches the main memory moves the spilled share of its bytes, rounded down, over the backing
     memory instead.
     """
-    wanted = set(placed_far(trace))
+    wanted = set(far_names(trace))
     if not nbytes and not wanted:
         return traffic
     size = np.array([tensor.nbytes for tensor in trace.tensors], dtype=np.int64)

@@ -6,7 +6,8 @@ The trace lists compulsory unfused traffic. Four things change it:
 * *sharing*: a kernel that uses one operand in several ops reads it once;
 * *reuse*: a value that was touched recently enough is still in the cache that all cores share. "Recently enough" is a
   reuse distance of at most ``cache_frac`` of the cache: all bytes that the kernels in between moved, plus its own bytes
-  or those that the kernel which touched it last wrote, whichever are more;
+  or those that the kernel which touched it last wrote, whichever are more. What the workload wants behind the main
+  memory is fetched from there each time;
 * *computing in memory*: what is used where it is stored does not travel (:mod:`ttt_sim.lower.placement`).
 
 A write is dropped only when nobody can miss it: all its readers found it in the cache and it is dead or overwritten
@@ -24,7 +25,7 @@ import numpy.typing as npt
 from ttt_sim.chip import Chip
 from ttt_sim.errors import CapacityError
 from ttt_sim.lower.kernels import Kernels
-from ttt_sim.lower.placement import Placement, pinned_names, place
+from ttt_sim.lower.placement import Placement, far_names, pinned_names, place
 from ttt_sim.lower.writes import padding_bytes, reupload_bytes
 from ttt_sim.ops import TEMPORARY_ROLES, IntArray, Role, Trace, owners, total_by, version_slots
 from ttt_sim.units import format_bytes
@@ -107,6 +108,8 @@ def resolve_traffic(trace: Trace, chip: Chip, kernels: Kernels) -> Traffic:
     usable = usable_cache_bytes(trace, chip)
     pinned_tensors = set(pinned_names(trace))
     pinned = np.array([tensor.name in pinned_tensors for tensor in trace.tensors], dtype=np.bool_)
+    far_tensors = set(far_names(trace))
+    far = np.array([tensor.name in far_tensors for tensor in trace.tensors], dtype=np.bool_)
     role = np.array([int(tensor.role) for tensor in trace.tensors], dtype=np.int64)
     in_place = np.array([tensor.in_place for tensor in trace.tensors], dtype=np.bool_)
 
@@ -143,7 +146,7 @@ def resolve_traffic(trace: Trace, chip: Chip, kernels: Kernels) -> Traffic:
     # The kernel that touched it last may have written more beside it.
     beside = np.bincount(write_kernel, trace.write_bytes, minlength=kernels.n).astype(np.int64)[np.maximum(last, 0)]
     near = (last >= 0) & (between + np.maximum(trace.read_bytes, beside) <= usable)
-    cached = wanted & (near | resident)
+    cached = wanted & ((near & ~far[trace.read_tensor]) | resident)
     read_place[cached] = CACHED
 
     write_place = _write_places(
