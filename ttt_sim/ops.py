@@ -184,6 +184,7 @@ OP_KINDS: tuple[OpKind, ...] = (
     OpKind("top_k", "R6", OpClass.VECTOR, "the best of the scores of a row"),
     OpKind("embed_pool", "R7", OpClass.VECTOR, "mean of the rows of a sequence"),
     OpKind("embed_proj", "R8", OpClass.MATMUL, "projection to the vector of a sequence"),
+    OpKind("latent_attention", "K8", OpClass.ATTENTION, "attention core whose keys are wider than its values"),
 )
 #: Kinds that no decoder emits: ops of which latencies are published, simulated one by one.
 MEASURED_ALONE: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("M"))
@@ -194,9 +195,11 @@ BESIDE: tuple[str, ...] = ("kv_ring", "delta_scan", "kv_fetch")
 KIND: Mapping[str, int] = {kind.name: code for code, kind in enumerate(OP_KINDS)}
 #: Products that an attention core is: scores and weighted sum; backward the scores again, and the gradients of weights,
 #: values, queries and keys.
-ATTENTION_PRODUCTS: Mapping[str, int] = {"attention": 2, "attention_grad": 5}
+ATTENTION_PRODUCTS: Mapping[str, int] = {"attention": 2, "attention_grad": 5, "latent_attention": 2}
 #: Operands as large as the queries that a core reads: queries; backward also its output and the gradient of that.
 _QUERY_OPERANDS: Mapping[str, int] = {"attention": 1, "attention_grad": 3}
+#: The first operands of a latent core are its queries: the part that meets latents or keys, and the rotated part.
+_LATENT_QUERIES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,7 +347,7 @@ LANE_COST: Mapping[str, LaneCost] = {
     "embed_pool": LaneCost(lanes=1),
 }
 #: Lane operations per visible pair and head, one of them an exponential.
-_PAIR_LANES: Mapping[str, int] = {"attention": 5, "attention_grad": 6}
+_PAIR_LANES: Mapping[str, int] = {"attention": 5, "attention_grad": 6, "latent_attention": 5}
 
 
 class OpCost(NamedTuple):
@@ -491,7 +494,11 @@ def query_bytes(trace: Trace) -> IntArray:
     """Bytes of the queries of each attention core, and of what else it reads of their size; of other ops without
     meaning."""
     operands = np.array([_QUERY_OPERANDS.get(kind.name, 1) for kind in OP_KINDS], dtype=np.int64)[trace.kind]
-    return operands * -(-trace.batch * trace.heads * trace.m * trace.k * element_bits(trace) // 8)
+    queries: IntArray = operands * -(-trace.batch * trace.heads * trace.m * trace.k * element_bits(trace) // 8)
+    for op in np.flatnonzero(trace.kind == KIND["latent_attention"]):
+        first = int(trace.read_ptr[op])
+        queries[op] = trace.read_bytes[first : first + _LATENT_QUERIES].sum()
+    return queries
 
 
 def overwritten(trace: Trace) -> npt.NDArray[np.bool_]:

@@ -46,13 +46,13 @@ class Holdings:
 
 def holdings(trace: Trace, n_layers: int, *, pipelined: bool, near: bool = False) -> Holdings:
     """What the tensors of a trace that are there all the time take. ``pipelined``: the head has a table of its own;
-    ``near``: without those that the workload wants behind the main memory."""
+    ``near``: without those that the workload wants behind the main memory, but with buffers that are used again."""
     parts = np.zeros((2, n_layers + 2), dtype=np.int64)
     everywhere = np.zeros(2, dtype=np.int64)
     names = {tensor.name for tensor in trace.tensors}
     far = set(far_names(trace)) if near else set()
     for tensor in trace.tensors:
-        if tensor.role in TEMPORARY_ROLES or tensor.name in far:
+        if tensor.name in far or (tensor.role in TEMPORARY_ROLES and not (near and tensor.in_place)):
             continue
         kept = int(tensor.role != Role.WEIGHT)
         first, _, rest = tensor.name.partition(".")

@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.unit.lower_tools import chip
 from tests.unit.trace_tools import TOY, is_kind, kinds, one_call, operands, totals
 from ttt_sim.errors import ConfigError, UnsupportedError
+from ttt_sim.lower.placement import place
 from ttt_sim.model import Call, Model, Parallel, Scenario
 from ttt_sim.model_config import load_model
-from ttt_sim.ops import Role, Trace
+from ttt_sim.ops import Role, Trace, query_bytes
 from ttt_sim.trace_check import verify
 from ttt_sim.workload import METHODS, build_trace, state_per_sequence
 from ttt_sim.workload import closed_forms as forms
@@ -31,12 +33,13 @@ def mlp_flops(rows: int) -> int:
     return rows * 4 * 6 * 64 * 192
 
 
-@pytest.mark.parametrize(("position", "tokens"), [(0, 1), (0, 40), (50, 7), (50, 1)])
+@pytest.mark.parametrize(("position", "tokens"), [(0, 1), (0, 40), (50, 7), (50, 47), (50, 48), (50, 1)])
 @pytest.mark.parametrize("form", ["auto", "absorbed", "expanded"])
 @pytest.mark.parametrize("query_latent", ["none", "20"])
 def test_flops(position: int, tokens: int, form: str, query_latent: str) -> None:
     built = trace(one_call(position, tokens, batch=B), form=form, query_latent=query_latent)
-    absorbed = form == "absorbed" or (form == "auto" and tokens == 1)
+    # 16 * 24 / (24 - 16) = 48 rows cost the same in both forms after many tokens
+    absorbed = form == "absorbed" or (form == "auto" and (tokens == 1 or (position > 0 and tokens < 48)))
     attention = forms.latent_attention_flops(
         TOY, tokens, position, latent=U, rope=R, absorbed=absorbed,
         query_latent=0 if query_latent == "none" else int(query_latent),
@@ -52,7 +55,7 @@ def test_a_step_of_deepseek_shapes_costs_what_is_printed() -> None:
     method = METHODS["kv_mla"]
     settings = method.settings(None, None, None)
     built = build_trace(model, settings, one_call(999, 1))
-    core = is_kind(built, "attention") & (built.layer == 0)
+    core = is_kind(built, "latent_attention") & (built.layer == 0)
     assert totals(built, core).flops == 2 * 32 * (2 * 512 + 64) * 1000
     assert state_per_sequence(model, settings, 1000, "bf16").total_bytes == 1000 * 36 * 576 * 2
     assert forms.latent_bytes_per_token(model, 512, 64) == 36 * 576 * 2
@@ -69,16 +72,27 @@ def test_bytes_of_the_absorbed_form() -> None:
     # 4 heads of 16, width 64; a row of 30 elements is kept of each token
     assert bytes_of(built, "kv_append") == [([B * U * 2, B * R * 2, 0], [B * 60])]
     assert bytes_of(built, "absorb_q") == [([B * 64 * 2, 64 * U * 2], [B * 4 * U * 2])]
-    assert bytes_of(built, "attention") == [([B * 4 * U * 2, B * 4 * R * 2, B * 51 * 60], [B * 4 * U * 2])]
+    assert bytes_of(built, "latent_attention") == [([B * 4 * U * 2, B * 4 * R * 2, B * 51 * 60], [B * 4 * U * 2])]
     assert bytes_of(built, "absorb_out") == [([B * 4 * U * 2, 64 * U * 2], [B * 64 * 2])]
 
 
 def test_bytes_of_the_expanded_form() -> None:
-    built = trace(one_call(50, 7, batch=B))
+    built = trace(one_call(50, 7, batch=B), form="expanded")
     expanded = B * 57 * 2 * 64 * 2
     assert bytes_of(built, "latent_up") == [([B * 57 * U * 2, 2 * 64 * U * 2], [expanded])]
     queries = [B * 7 * 64 * 2, B * 7 * 4 * R * 2]
-    assert bytes_of(built, "attention") == [([*queries, expanded, B * 57 * R * 2], [B * 7 * 64 * 2])]
+    assert bytes_of(built, "latent_attention") == [([*queries, expanded, B * 57 * R * 2], [B * 7 * 64 * 2])]
+
+
+def test_a_cache_that_computes_takes_latents_as_they_lie() -> None:
+    """Queries of both parts are input vectors; nothing else travels to the arrays."""
+    built = trace(one_call(50, 1, batch=B))
+    core = np.flatnonzero(is_kind(built, "latent_attention"))
+    assert query_bytes(built)[core].tolist() == [B * 4 * (U + R) * 2] * 4
+    for name in ("tiny_cim", "tiny_pcm"):
+        placement = place(built, chip(name))
+        assert not placement.on_lanes[core].any()
+        assert not placement.staged_bytes[core].any()
 
 
 def test_weights_and_cache() -> None:
@@ -108,7 +122,7 @@ def test_chips_of_a_group_share_heads_and_keep_all_latents() -> None:
     whole, half = trace(one_call(50, 1, batch=B)), trace(halves)
     kept = [sum(t.nbytes for t in b.tensors if t.role == Role.KV) for b in (whole, half)]
     assert kept[0] == kept[1]
-    core = [totals(b, is_kind(b, "attention")).flops for b in (whole, half)]
+    core = [totals(b, is_kind(b, "latent_attention")).flops for b in (whole, half)]
     assert core[0] == 2 * core[1]
     assert kinds(half).count("allreduce") == 2 * 4 + 1
     with pytest.raises(UnsupportedError, match="context-parallel"):

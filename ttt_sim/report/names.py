@@ -34,7 +34,7 @@ KERNEL_GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
                                   "fast_back", "muon_product")),
     ("fast-weight apply", "#E69F00", ("fast_apply", "fast_init", "adapter_down", "adapter_up", "own_proj",
                                       "fast_gate_up")),
-    ("attention core", "#2166AC", ("attention", "join_parts", "kv_fetch")),
+    ("attention core", "#2166AC", ("attention", "latent_attention", "join_parts", "kv_fetch")),
     ("attention projections", "#92C5DE", ("q_proj", "k_proj", "v_proj", "o_proj", "latent_proj", "latent_up",
                                           "absorb_q", "absorb_out", "in_proj")),
     ("gate and up", "#1B7837", ("gate_proj", "up_proj")),
@@ -84,7 +84,7 @@ def method_title(data: ReportData, method: str) -> str:
 def kernel_group(label: str) -> str:
     """Group that a kernel label such as ``q_proj+k_proj+v_proj`` belongs to."""
     parts = set(label.split("+"))
-    if {"attention", "gate_proj"} <= parts:
+    if "gate_proj" in parts and parts & {"attention", "latent_attention"}:
         return WHOLE_LAYER[0]
     for title, _, kinds in KERNEL_GROUPS:
         if parts & set(kinds):

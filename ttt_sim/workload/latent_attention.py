@@ -29,7 +29,7 @@ from ttt_sim.workload.transformer import Decoder, decoder_trace
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentOptions:
     """``latent`` and ``rope`` elements of a token; ``query_latent``: width of the latent that queries come from, None
-    for the residual stream; ``form``: absorbed for calls of one row and expanded for others (auto), or always one."""
+    for the residual stream; ``form``: that of fewer FLOPs (auto), or always one."""
 
     latent: int = 512
     rope: int = 64
@@ -43,6 +43,16 @@ class LatentOptions:
                 raise ConfigError(f"option {name} is {value}, expected at least 1")
         if self.rope < 2 or self.rope % 2:
             raise ConfigError(f"option rope is {self.rope}, expected an even number of at least 2")
+
+    def absorbs(self, head_dim: int, tokens: int, from_empty: bool) -> bool:
+        """Whether a call of ``tokens`` rows is made in the absorbed form.
+
+        Of each of many tokens before it, absorbing costs 2 H (2 u + r) m FLOPs, expanding 4 H h u + 2 H (2 h + r) m.
+        """
+        if self.form != "auto":
+            return self.form == "absorbed"
+        few = tokens * (self.latent - head_dim) < head_dim * self.latent
+        return tokens == 1 or (few and not from_empty)
 
     @property
     def width(self) -> int:
@@ -109,7 +119,7 @@ class LatentAttention:
             extra_lanes=dequantise_lanes(decoder.kv, rows * o.width),
         )  # fmt: skip
         queries: Read = (q[0], size(rows, heads * h))
-        if o.form == "absorbed" or (o.form == "auto" and m == 1):
+        if o.absorbs(h, m, s.run.from_empty):
             self._absorbed(s, queries, rotated_q)
         else:
             self._expanded(s, queries, rotated_q)
@@ -147,7 +157,7 @@ class LatentAttention:
         keys = s.run.positions + m
         sums = s.buffer("attn_latent", (batch, m, heads * o.latent), dtype)
         s.op(
-            "attention", reads=[absorbed, rotated_q, ("kv", batch * latent_token_bytes(decoder.kv, o) * keys)],
+            "latent_attention", reads=[absorbed, rotated_q, ("kv", batch * latent_token_bytes(decoder.kv, o) * keys)],
             writes=[sums], dtype=dtype, batch=batch, m=m, n=keys, k=o.latent + o.rope // 2, heads=heads, kv_heads=1,
             pairs=visible_pairs(decoder.kv, s.run.positions, m),
             extra_lanes=dequantise_lanes(decoder.kv, batch * o.width * keys),
@@ -172,7 +182,7 @@ class LatentAttention:
             extra_lanes=dequantise_lanes(decoder.kv, batch * o.latent * keys),
         )  # fmt: skip
         s.op(
-            "attention", reads=[queries, rotated_q, expanded, ("kv", batch * rope_bytes * keys)],
+            "latent_attention", reads=[queries, rotated_q, expanded, ("kv", batch * rope_bytes * keys)],
             writes=[s.buffer("attn_core", (batch, m, heads * h), dtype)], dtype=dtype, batch=batch, m=m, n=keys,
             k=h + o.rope // 2, heads=heads, kv_heads=heads, pairs=visible_pairs(decoder.kv, s.run.positions, m),
             extra_lanes=dequantise_lanes(decoder.kv, batch * o.rope * keys),
