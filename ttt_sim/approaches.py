@@ -144,15 +144,18 @@ def _followed(first: Record, step: Mapping[str, object], steps: int) -> Mapping[
 
 
 def _held(point: Point) -> dict[str, object]:
-    """How many users the memory holds beside the weights."""
+    """How many users the memory holds beside the weights; of what lies behind it, so does the memory there."""
     state = state_per_sequence(
         point.model, point.method, find_method(point.method.name).held_tokens(point.method, point.context_tokens),
         dtype=point.dtype,
     )  # fmt: skip
-    room = point.chip.main_memory.capacity_bytes * point.parallel.chips - weight_bytes(point)
-    return {
-        "state": state, "users": max(room // state.total_bytes, 0) if state.total_bytes else None,
-    }  # fmt: skip
+    chips, backing = point.parallel.chips, point.chip.backing
+    room = point.chip.main_memory.capacity_bytes * chips - weight_bytes(point) - state.shared_bytes
+    parts = [(room, state.total_bytes - state.far_bytes)]
+    if backing is not None:
+        parts.append((backing.capacity_bytes * chips, state.far_bytes))
+    users = [max(capacity // held, 0) for capacity, held in parts if held]
+    return {"state": state, "users": min(users) if users else None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

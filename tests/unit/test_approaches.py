@@ -128,3 +128,15 @@ def test_training_after_a_prompt_is_counted_with_it() -> None:
     one = seconds("q_ttt", "train", 8192)
     assert found["adapt_steps"] == 5
     assert found["adapt_seconds"] == pytest.approx(seconds("kv", "prefill", 8192) + 5 * one)
+
+
+def test_users_share_a_prefix_and_may_lie_behind_the_main_memory() -> None:
+    """SN40L: 64 GB in front, 1.5 TB behind."""
+    methods = ("kv", "kv_prefix", "kv_offload")
+    settings = replace(SETTINGS, chip=load_chip("sn40l"), methods=methods, question=16, answer=16, batch=1, options={})
+    data = approach(settings)
+    users = [row(data, method)["users"] for method in methods]
+    context = 8192 * 2 * 8 * 128 * 28 * 2
+    room = 64e9 - 2 * SETTINGS.model.parameters
+    assert users[:2] == pytest.approx([room // context, (room - context / 2) // (context / 2)], abs=1)
+    assert users[2] == 1.5e12 // context
