@@ -375,8 +375,11 @@ def simulate_point(point: Point) -> PointResult:
 
 def call_tokens(point: Point) -> int:
     """Most tokens of a sequence that one call of a point takes."""
-    step = find_method(point.method.name).step_call(point.method, point.context_tokens)
-    longest = {"decode": 1, "ask": point.question_tokens, "train": step.tokens}
+    method, asked = find_method(point.method.name), point.question_tokens
+    step = method.step_call(point.method, point.context_tokens)
+    if method.adapts == "index":  # what was found is read with the question
+        asked = min(asked + method.held_tokens(point.method, point.context_tokens), DEFAULT_CALL_TOKENS)
+    longest = {"decode": 1, "ask": asked, "train": step.tokens}
     return longest.get(point.phase, point.call_tokens)
 
 

@@ -51,6 +51,7 @@ def holdings(trace: Trace, n_layers: int, *, pipelined: bool, near: bool = False
     everywhere = np.zeros(2, dtype=np.int64)
     names = {tensor.name for tensor in trace.tensors}
     far = set(far_names(trace)) if near else set()
+    encoder_layers = sum(name.startswith("encoder.") and name.endswith(".norms.weight") for name in names)
     for tensor in trace.tensors:
         if tensor.name in far or (tensor.role in TEMPORARY_ROLES and not (near and tensor.in_place)):
             continue
@@ -58,6 +59,8 @@ def holdings(trace: Trace, n_layers: int, *, pipelined: bool, near: bool = False
         first, _, rest = tensor.name.partition(".")
         if first == "layers":
             parts[kept, 1 + int(rest.partition(".")[0])] += tensor.nbytes
+        elif first == "encoder" and rest.partition(".")[0].isdecimal():  # its layers lie beside those of the model
+            parts[kept, 1 + int(rest.partition(".")[0]) * n_layers // encoder_layers] += tensor.nbytes
         elif first in ("encoder", "index"):  # of retrieval, before the first layer
             parts[kept, 0] += tensor.nbytes
         elif first == "embedding":

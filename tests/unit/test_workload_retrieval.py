@@ -15,6 +15,7 @@ from ttt_sim.lower import lower
 from ttt_sim.model import Parallel, Scenario
 from ttt_sim.ops import Role, Trace
 from ttt_sim.simulation import simulate_point
+from ttt_sim.system import holdings
 from ttt_sim.trace_check import verify
 from ttt_sim.workload import METHODS, build_trace, state_per_sequence
 from ttt_sim.workload import closed_forms as forms
@@ -137,6 +138,16 @@ def test_chips_of_a_group_search_parts_and_gather_the_best() -> None:
     assert order[order.index("index_scan") :][:4] == ["index_scan", "top_k", "allgather", "top_k"]
     with pytest.raises(UnsupportedError, match="context-parallel"):
         ask(400, Parallel(cp=2))
+
+
+def test_stages_share_the_layers_of_the_encoder() -> None:
+    held = holdings(ask(400), TOY.n_layers, pipelined=True)
+    plain = holdings(build_trace(TOY, METHODS["kv"].settings(None, None, None), Scenario.decode((36,), batch=B)), 4,
+                     pipelined=True)  # fmt: skip
+    more = (held.parts - plain.parts)[0].tolist()
+    layer = 2 * (4 * 32 * 32 + 2 * 32 * 96 + 4 * 32)
+    assert more == [2 * (100 * 32 + D * 32), layer, 0, layer, 0, 0]  # two layers beside four
+    assert int((held.parts - plain.parts)[1, 0]) == B * 40 * D * 2
 
 
 # --- making an index --------------------------------------------------------------------------------------------------
