@@ -418,12 +418,23 @@ def scan_chunks(m: int, chunk: int) -> list[tuple[int, int]]:
     return [(size, times) for size, times in ((chunk, full), (rest, int(rest > 0))) if times]
 
 
-def scan_products(kind: str, *, n: int, k: int, chunk: int) -> list[tuple[tuple[int, int, int], bool]]:
-    """((rows, columns, depth), half of it) of each product of a chunk; ``chunk`` 0: one token by itself."""
+class ScanProduct(NamedTuple):
+    """C[rows, cols] of one state and chunk. ``half``: it is triangular; ``over_tokens``: what is added to a state, a
+    product over the tokens of the chunk."""
+
+    rows: int
+    cols: int
+    depth: int
+    half: bool
+    over_tokens: bool
+
+
+def scan_products(kind: str, *, n: int, k: int, chunk: int) -> list[ScanProduct]:
+    """The products of a chunk; ``chunk`` 0: one token by itself."""
     rule, size = SCAN_RULE[kind], {"c": max(chunk, 1), "n": n, "k": k}
     within = ((rule.within, False), (rule.triangular, True)) if chunk else ()
     return [
-        ((size[name[0]], size[name[1]], size[name[2]]), half)
+        ScanProduct(size[name[0]], size[name[1]], size[name[2]], half, name[2] == "c" and name[0] != "c")
         for names, half in ((rule.products, False), *within)
         for name in names
     ]
@@ -432,8 +443,8 @@ def scan_products(kind: str, *, n: int, k: int, chunk: int) -> list[tuple[tuple[
 def _scan_cost(kind: str, *, states: int, m: int, n: int, k: int, chunk: int, extra_lanes: Num) -> OpCost:
     rule, flops, lanes = SCAN_RULE[kind], 0, 0
     for size, times in scan_chunks(m, chunk):
-        for (rows, cols, depth), half in scan_products(kind, n=n, k=k, chunk=size):
-            flops += times * rows * cols * depth * (1 if half else 2)
+        for part in scan_products(kind, n=n, k=k, chunk=size):
+            flops += times * part.rows * part.cols * part.depth * (1 if part.half else 2)
         lanes += times * (rule.state_lanes * n * k + rule.pair_lanes * size * size)
     lanes += m * (rule.n_lanes * n + rule.k_lanes * k + rule.roots)
     exps, roots = m * rule.n_exp * n, m * rule.roots

@@ -186,6 +186,30 @@ def test_recurrent_chains_run_their_chunks_in_order(engine: str) -> None:
     assert (work.waves[1], work.cycles[1, MATRIX]) == (2, 2 * (100 + 3 * 1000))
 
 
+def test_other_chains_wait_for_their_dependent_products() -> None:
+    # A chunk of the delta rule is 6 * 64 * 128 * 128 FLOPs at 256 a cycle, 24576, and 30000 cycles: 2712 wait for each
+    # of its two stages. TTT-Linear has two as well; 40 tokens of width 16 in mini-batches of 16 are three of them.
+    some = chip(library__scan_start="100 cycles", library__scan_chunk="30000 cycles")
+    state = Operand("state", 5 * 16 * 16 * 4, Role.FAST_WEIGHT)
+    op = OpSpec("linear_update", "bf16", 40, 16, 16, 5, 1, 0, 16, reads=(state,), writes=(state,))
+    work = simulate_trace(some, trace_of([(op,)])).lowered.work
+    flops = 2 * (6 * 16 * 16**2 + 4 * 16**2 * 16) + 6 * 8 * 16**2 + 4 * 8**2 * 16
+    each = 2 * 2712 + -(-flops // (3 * 256))
+    assert (work.waves[1], work.cycles[1, MATRIX]) == (2, 2 * (100 + 3 * each))
+
+
+def test_a_state_larger_than_a_scratchpad_comes_and_goes_with_every_chunk() -> None:
+    # Two matrices of 16 x 64 in fp32 are 8 KiB; the cache gives each of four cores 64 bytes a cycle.
+    state = Operand("state", 2 * 16 * 64 * 4, Role.FAST_WEIGHT)
+    op = OpSpec("mlp_update", "bf16", 32, 64, 16, 1, 1, 0, 16, reads=(state,), writes=(state,))
+    large, small = (
+        simulate_trace(chip(memories__scratchpad__capacity=size), trace_of([(op,)])).lowered.work
+        for size in ("8 KiB", "4 KiB")
+    )
+    assert small.cycles[1, MATRIX] - large.cycles[1, MATRIX] == 2 * 2 * 8192 // 64
+    assert small.cache_bytes[1] - large.cache_bytes[1] == 2 * 2 * 8192
+
+
 def test_a_recurrent_step_streams_its_states() -> None:
     # 8 states of 1 KiB, read and written: 16384 bytes over 4 cores at 2 bytes a cycle; one preparing kernel.
     some = chip(library__scan_fetch=2, library__scan_setup="40 cycles")

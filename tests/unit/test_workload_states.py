@@ -220,7 +220,7 @@ def test_a_decode_step_costs_the_same_everywhere(method: str) -> None:
     assert records[0]["cycles"] == records[1]["cycles"]
 
 
-@pytest.mark.parametrize("method", STATE_METHODS)
+@pytest.mark.parametrize("method", [*STATE_METHODS, "lact"])
 def test_chips_of_a_group_share_heads(method: str) -> None:
     model = replace(TOY, d_model=128)
     whole = trace_of(method, one_call(0, 32), model)

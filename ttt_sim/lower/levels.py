@@ -353,24 +353,25 @@ def add_products(
 
 
 def add_scans(
-    trace: Trace, kernels: Kernels, work: Work, choose: Callable[[int, int, int, int, str], TileWork]
+    trace: Trace, kernels: Kernels, work: Work, choose: Callable[[int, int, int, int, str, int], TileWork]
 ) -> None:
     """Add the scans: chunk after chunk, and every product of a chunk mapped like any other, one after the other.
 
-    ``choose(m, n, k, batch, dtype)`` maps one product of all states.
+    ``choose(m, n, k, batch, dtype, over_tokens)`` maps one product of all states.
     """
     for op in np.flatnonzero(op_classes(trace) == int(OpClass.SCAN)):
         kernel, states = kernels.of_op[op], int(trace.batch[op] * trace.heads[op])
         kind, n, k = OP_KINDS[int(trace.kind[op])].name, int(trace.n[op]), int(trace.k[op])
         chosen: list[TileWork] = []
         for size, times in scan_chunks(int(trace.m[op]), int(trace.pairs[op])):
-            for (rows, cols, depth), half in scan_products(kind, n=n, k=k, chunk=size):
-                tile = choose(rows, cols, depth, states, DTYPES[int(trace.dtype[op])])
+            for part in scan_products(kind, n=n, k=k, chunk=size):
+                dtype, over_tokens = DTYPES[int(trace.dtype[op])], int(part.over_tokens)
+                tile = choose(part.rows, part.cols, part.depth, states, dtype, over_tokens)
                 for column, value in (
                     ("cache_bytes", tile.cache_bytes), ("core_bytes", tile.core_bytes), ("steps", tile.steps),
                     ("matrix", tile.matrix_cycles), ("link", tile.link_cycles), ("extra", tile.extra_cycles),
                 ):  # fmt: skip
-                    work[column][kernel] += times * (ceil_div(value, 2) if half else value)
+                    work[column][kernel] += times * (ceil_div(value, 2) if part.half else value)
                 chosen.append(tile)
         largest = max(chosen, key=lambda tile: tile.matrix_cycles)
         work["items"][kernel], work["waves"][kernel], work["split"][kernel] = largest.items, largest.waves, 1

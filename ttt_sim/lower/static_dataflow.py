@@ -55,7 +55,7 @@ def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) ->
 
         add_products(trace, kernels, work, np.zeros(trace.n_ops, dtype=np.int64), choose)
         add_attention(trace, chip, kernels, work, attention)
-        add_scans(trace, kernels, work, lambda m, n, k, batch, dtype: choose(m, n, k, batch, dtype, 0))
+        add_scans(trace, kernels, work, choose)
     _add_row_hops(trace, chip, kernels, work)
     return finish(trace, chip, kernels, traffic, work)
 

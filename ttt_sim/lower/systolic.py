@@ -32,7 +32,7 @@ from ttt_sim.units import ceil_div
 
 #: Products over the tokens of a chunk, or of its delta: both operands lie as the forward products use them, one row per
 #: token, so one of them is needed transposed.
-TURNED = ("delta_gemm", "outer_gemm", "outer_proj", "delta_write", "online_update")
+TURNED = ("delta_gemm", "outer_gemm", "outer_proj", "delta_write", "online_update", "ssm_states")
 
 
 def map_kernels(trace: Trace, chip: Chip, kernels: Kernels, traffic: Traffic) -> KernelWork:
@@ -55,7 +55,7 @@ def add_array_work(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> No
     turned = np.array([kind.name in TURNED for kind in OP_KINDS], dtype=np.int64)[trace.kind]
     add_products(trace, kernels, work, turned, choose)
     add_attention(trace, chip, kernels, work, attention)
-    add_scans(trace, kernels, work, lambda m, n, k, batch, dtype: choose(m, n, k, batch, dtype, 0))
+    add_scans(trace, kernels, work, choose)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

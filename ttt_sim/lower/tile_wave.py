@@ -70,8 +70,13 @@ def _scans(trace: Trace, chip: Chip, kernels: Kernels, work: Work) -> None:
             if kind == "delta_rule":
                 size, each = min(chunk or rules.scan_chunk_tokens, rules.scan_chunk_tokens), rules.scan_chunk_cycles
             else:
-                work_of_chunk = int(trace.flops[op]) * chip.cores / (states * ceil_div(tokens, size) * rate)
-                each = rule.stages * _stage_cycles(chip, rate / chip.cores) + ceil_float(work_of_chunk)
+                chunks = ceil_div(tokens, size)
+                each = rule.stages * _stage_cycles(chip, rate / chip.cores)
+                each += ceil_float(int(trace.flops[op]) * chip.cores / (states * chunks * rate))
+                held, core, cache = STATE_BYTES * rule.states * elements, chip.core_memory, chip.cache
+                if core is not None and cache is not None and held > core.capacity_bytes:  # in and out every chunk
+                    each += ceil_float(2 * held * chip.cores * chip.clock_hz / cache.read_bytes_per_s)
+                    work["cache_bytes"][kernel] += 2 * held * states * chunks
             steps = waves * ceil_div(tokens, size)
             busy = max(busy, waves * rules.scan_start_cycles + steps * each)
         else:  # one token: the states stream through the cores
