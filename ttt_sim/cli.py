@@ -157,6 +157,26 @@ def _parser() -> argparse.ArgumentParser:
     claims.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     claims.set_defaults(function=_claims)
 
+    lifecycle = command(
+        "lifecycle", "cost of checkpoints, rollbacks, audit, swaps, forks, resets and sharing of changing weights"
+    )
+    lifecycle.add_argument("chip", metavar="CHIP", help="chip file, or the name of a built-in one (see: ttt_sim chips)")
+    _workload_options(lifecycle)
+    lifecycle.add_argument("--method", default="ttt_window", help="a method with fast weights (default: %(default)s)")
+    lifecycle.add_argument("--context", default="32k", metavar="TOKENS", help="context length (default: %(default)s)")
+    lifecycle.add_argument("--batch", type=int, default=8, metavar="N", help="sequences at once (default: %(default)s)")
+    lifecycle.add_argument(
+        "--beams", type=int, default=4, metavar="N", help="sequences that a fork leaves of one (default: %(default)s)"
+    )
+    lifecycle.add_argument(
+        "--draft", type=int, default=8, metavar="TOKENS", help="tokens of a rejected draft (default: %(default)s)"
+    )
+    lifecycle.add_argument("--hash", default="blake3", help="of the audit trail: blake3 (default) or xxh3")
+    lifecycle.add_argument("--out", metavar="DIR", help="folder of the report (default: reports/<chip>-lifecycle)")
+    lifecycle.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    _chip_options(lifecycle)
+    lifecycle.set_defaults(function=_lifecycle)
+
     trace = command("trace", "write the op trace of one workload to a file")
     _workload_options(trace)
     trace.add_argument("--method", default="ttt_window", help="one method (default: %(default)s)")
@@ -511,6 +531,38 @@ def _claims(args: argparse.Namespace) -> int:
         raise ConfigError(f"--claim: {error}") from None
     write_claims(judged, out, command=_command_line(), version=__version__)
     print_claims(judged, out)
+    return 0
+
+
+def _lifecycle(args: argparse.Namespace) -> int:
+    from ttt_sim.lifecycle import Lifecycle
+    from ttt_sim.model_config import load_model
+    from ttt_sim.report.folder import check_out
+
+    chip, model, ttt = _chip(args), load_model(args.model), _ttt(args)
+    window, contexts = _tokens("--window", args.window), _token_list("--context", args.context)
+    if len(contexts) > 1:
+        raise ConfigError(f"--context: one value is simulated, and {len(contexts)} are given")
+    dtype = _check_workload(args, model, [args.method], window, ttt, chip)
+    workers = None if args.workers is None else _at_least("--workers", args.workers, 1)
+    call_tokens = _tokens("--call", args.call)
+    try:
+        settings = Lifecycle(
+            chip=chip, model=model, method=args.method, ttt=ttt, window=window, context=contexts[0], batch=args.batch,
+            dtype=dtype, kv_dtype=args.kv_dtype, beams=args.beams, draft=args.draft, hash_function=args.hash,
+            call_tokens=call_tokens, workers=workers,
+        )  # fmt: skip
+    except ConfigError as error:
+        raise ConfigError(f"--{error}") from None
+    out = Path(args.out or f"reports/{chip.name}-lifecycle")
+    check_out(out)
+    from ttt_sim.grid import progress_bar
+    from ttt_sim.lifecycle import run_lifecycle
+    from ttt_sim.report.lifecycle import print_lifecycle, write_lifecycle
+
+    data = run_lifecycle(settings, progress=progress_bar)
+    write_lifecycle(data, out, command=_command_line(), version=__version__)
+    print_lifecycle(data, out)
     return 0
 
 

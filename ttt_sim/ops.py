@@ -185,6 +185,10 @@ OP_KINDS: tuple[OpKind, ...] = (
     OpKind("embed_pool", "R7", OpClass.VECTOR, "mean of the rows of a sequence"),
     OpKind("embed_proj", "R8", OpClass.MATMUL, "projection to the vector of a sequence"),
     OpKind("latent_attention", "K8", OpClass.ATTENTION, "attention core whose keys are wider than its values"),
+    OpKind("state_copy", "V1", OpClass.COPY, "copy of what a sequence keeps"),
+    OpKind("state_hash", "V2", OpClass.VECTOR, "hash of what a sequence keeps"),
+    OpKind("history_scores", "V3", OpClass.MATMUL, "hidden rows by those of earlier chunks"),
+    OpKind("history_apply", "V4", OpClass.MATMUL, "these scores by the values of earlier chunks"),
 )
 #: Kinds that no decoder emits: ops of which latencies are published, simulated one by one.
 MEASURED_ALONE: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("M"))
@@ -345,6 +349,7 @@ LANE_COST: Mapping[str, LaneCost] = {
     "pq_scan": LaneCost(lanes=2),  # a look-up and a sum
     "top_k": LaneCost(lanes=2),  # a comparison and a move
     "embed_pool": LaneCost(lanes=1),
+    "state_hash": LaneCost(),  # that of the hash function is added
 }
 #: Lane operations per visible pair and head, one of them an exponential.
 _PAIR_LANES: Mapping[str, int] = {"attention": 5, "attention_grad": 6, "latent_attention": 5}

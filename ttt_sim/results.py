@@ -259,7 +259,8 @@ class Result:
             out[unit.name] = per_group(work.special_ops) * _energy_per_op(unit, "fp32")
         for i, link in enumerate(chip.links):
             if link.scope == "chip":
-                out[link.name] = per_group(work.link_bytes[:, i]) * link.energy_j_per_byte
+                sent = per_group(work.link_bytes[:, i]) * link.energy_j_per_byte
+                out[link.name] = out.get(link.name, 0.0) + sent  # the memory of the host has the name of its link
         return out
 
     # --- memory over time ---------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lower",),
     ("engine",),
     ("bounds", "power", "results", "simulation", "system", "update_cost"),
-    ("approaches", "comparison", "grid", "crossover", "drift", "predict", "replay", "writing"),
+    ("approaches", "comparison", "grid", "crossover", "drift", "lifecycle", "predict", "replay", "writing"),
     ("claims",),
     ("report",),
     ("experiment",),

@@ -185,7 +185,7 @@ def test_a_link_to_the_host_reaches_its_memory() -> None:
 
 
 def test_chips_without_a_memory_behind_the_main_one_say_so() -> None:
-    record = simulate_point(make_point("h100", "toy", "kv_offload", context=64)).record
+    record = simulate_point(make_point("tpu_v7", "toy", "kv_offload", context=64)).record
     assert not record["fits"]
     assert "neither a memory of scope backing nor a link to the host" in str(record["missing"])
 

@@ -90,6 +90,8 @@ def _join_table(fusion: Fusion) -> npt.NDArray[np.bool_]:
         table[:, [KIND["attn_norm"], KIND["final_norm"], KIND["delta_norm"], KIND["fast_init"]]] = False
         table[[KIND["delta_norm"], KIND["fast_init"]], :] = False
         table[KIND["embedding"], KIND["attn_norm"]] = True
+        alone = [KIND["state_copy"], KIND["state_hash"]]
+        table[alone, :] = table[:, alone] = False
         table[KIND["weight_write"], KIND["target_conv"]] = table[KIND["delta_write"], KIND["target_conv"]] = False
         between = [code for code, kind in enumerate(OP_KINDS) if kind.op_class == OpClass.COLLECTIVE]
         table[between, :] = table[:, between] = False  # what other chips make must be there before it is used

@@ -47,6 +47,10 @@ def check_mode(trace: Trace, chip: Chip) -> None:
                 f"{chip.name}: weights change by local rules only, and a gradient that came back through a hidden "
                 "layer is not local"
             )
+        if (writing[trace.kind == KIND["state_copy"]] > 0).any():
+            raise UnsupportedError(
+                f"{chip.name}: weights change by local rules only, and putting back a stored weight is none"
+            )
         if (trace.kind == KIND["delta_norm"]).any():
             raise UnsupportedError(
                 f"{chip.name}: weights change by local rules only, and the clip of the update needs a global norm, "

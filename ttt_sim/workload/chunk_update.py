@@ -40,8 +40,12 @@ class ChunkUpdate:
 
     def emit_chunk(self, s: Segment, chunk: Num, targets: Sequence[Read], hidden: Sequence[Read]) -> None:
         """The update from a whole chunk whose C rows of targets and hidden rows the operands hold."""
+        self.emit_factors(s, chunk, self._target_values(s, self.ttt.chunk_tokens, chunk, targets), hidden)
+
+    def emit_factors(self, s: Segment, chunk: Num, values: Read, hidden: Sequence[Read]) -> None:
+        """The same from the factors of the delta: C rows of values, projected or, where the outer product comes first,
+        not yet, and C hidden rows."""
         rows = self.ttt.chunk_tokens
-        values = self._target_values(s, rows, chunk, targets)
         if outer_first(self.decoder.model, self.ttt):
             self._project_delta(s, chunk, self._outer(s, rows, chunk, values, hidden))
         elif self._needs_delta:

@@ -475,3 +475,78 @@ def graph_search(vectors: int, dimension: int, degree: int, hops: int, dtype: st
     visited = min(hops * degree, vectors)
     walked = min(-(-visited // degree), vectors)
     return Search(2 * visited * dimension, visited * dimension * element_bytes(dtype) + Fraction(4 * degree * walked))
+
+
+# --- lifecycle of fast weights, one sequence unless a batch is given --------------------------------------------------
+
+
+def state_bytes(
+    model: Model,
+    ttt: TTTSettings | None,
+    tokens: int,
+    *,
+    window_tokens: int | None = None,
+    dtype: str = "bf16",
+    kv_dtype: str = "bf16",
+) -> Fraction:
+    """Phi + carry + kappa min(T, w): what a checkpoint holds, with the official carry at its largest."""
+    kv = kv_bytes_per_token(model, kv_dtype) * (tokens if window_tokens is None else min(tokens, window_tokens))
+    return kv if ttt is None else kv + fast_weight_bytes(model, ttt) + official_carry_bytes(model, ttt, dtype)
+
+
+def factor_log_bytes(model: Model, ttt: TTTSettings, tokens: int, dtype: str = "bf16") -> Fraction:
+    """s n (d + f) e: values and hidden rows of n tokens."""
+    return len(ttt.layers_of(model)) * tokens * (model.d_model + model.d_ff) * element_bytes(dtype)
+
+
+def replay_bytes(model: Model, ttt: TTTSettings, chunks: int, *, batch: int = 1, dtype: str = "bf16") -> WriteBytes:
+    """Replay of fused updates from logged factors: the trained weight once, then each chunk's factors and the weight;
+    read and written."""
+    trained = len(ttt.layers_of(model)) * model.d_model * model.d_ff * element_bytes(dtype)
+    weight, logged = fast_weight_bytes(model, ttt), factor_log_bytes(model, ttt, chunks * ttt.chunk_tokens, dtype)
+    return WriteBytes(trained + batch * (logged + chunks * weight), batch * (1 + chunks) * weight)
+
+
+def replay_flops(model: Model, ttt: TTTSettings, chunks: int) -> int:
+    """s n 2 C d f: the delta products alone."""
+    return len(ttt.layers_of(model)) * chunks * 2 * ttt.chunk_tokens * model.d_model * model.d_ff
+
+
+def subtract_bytes(model: Model, ttt: TTTSettings) -> WriteBytes:
+    """s d f (e_g + e_f) read and s d f e_f written: a kept delta taken off the weight; a delta has its format."""
+    weight = fast_weight_bytes(model, ttt)
+    return WriteBytes(2 * weight, weight)
+
+
+def form_bytes(
+    model: Model, ttt: TTTSettings, form: str, *, batch: int, history_tokens: int = 0, dtype: str = "bf16"
+) -> Fraction:
+    """Bytes of weights and history that the down projections of all TTT layers read in one decode step.
+
+    ``merged`` B Phi; ``split`` s d f e + B Phi; ``kernel`` s d f e + B s n (d + f) e.
+    """
+    trained = len(ttt.layers_of(model)) * model.d_model * model.d_ff * element_bytes(dtype)
+    if form == "merged":
+        return batch * fast_weight_bytes(model, ttt)
+    if form == "split":
+        return trained + batch * fast_weight_bytes(model, ttt)
+    return trained + batch * factor_log_bytes(model, ttt, history_tokens, dtype)
+
+
+def form_flops(model: Model, ttt: TTTSettings, form: str, *, batch: int, history_tokens: int = 0) -> int:
+    """The same products: 2 B d f each; of the history 2 B n (d + f)."""
+    dense = 2 * model.d_model * model.d_ff
+    change = {"merged": 0, "split": dense, "kernel": 2 * history_tokens * (model.d_model + model.d_ff)}[form]
+    return batch * len(ttt.layers_of(model)) * (dense + change)
+
+
+def form_breakeven_tokens(
+    model: Model, batch: int | None = None, *, dtype: str = "bf16", fast_dtype: str = "bf16"
+) -> Fraction:
+    """History up to which the kernel form reads no more than the split form; with a batch, than the merged form.
+
+    d f / (d + f) of split, (1 - 1/B) of that of merged; times e_f / e, and (e_f - e / B) / e, where formats differ.
+    """
+    own, shared = element_bytes(fast_dtype), element_bytes(dtype)
+    saved = own if batch is None else own - shared / batch
+    return saved / shared * replay_breakeven_tokens(model)
