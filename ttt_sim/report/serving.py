@@ -46,12 +46,12 @@ class Column(NamedTuple):
 
 
 LOAD_COLUMNS: tuple[Column, ...] = (
-    Column("load", "load_frac", lambda value: f"{100 * value:.0f} %"),
+    Column("load", "load_frac", lambda value: f"{100 * value:,.0f} %"),
     Column("sustains", "sustainable_per_s", lambda value: f"{three_digits(value)}/s"),
     Column("held", "most_sequences", lambda value: f"{value:,.0f}"),
     Column("tokens/s", "tokens_per_s", three_digits),
     Column("mean batch", "mean_batch", three_digits),
-    Column("J/token", "energy_j_per_token", three_digits),
+    Column("per token", "energy_j_per_token", lambda value: in_prefix(value, "J")),
     Column("USD/M", "cost_usd_per_million_tokens", three_digits),
     Column("USD/M full", "full_load_cost_usd_per_million_tokens", three_digits),
     Column("cost ratio", "cost_ratio", three_digits),
@@ -60,6 +60,7 @@ TERMS: tuple[tuple[str, str], ...] = (
     ("load", "requests that arrive over those that can be sustained"),
     ("sustains", "requests per second at full load: memory full of sequences of the mean size, no waiting"),
     ("held", "sequences of the mean request, half-way through its output, that memory holds beside all else"),
+    ("per token", "energy per output token, with idling"),
     ("mean batch", "sequences in a decode step, weighted by time"),
     ("USD/M, USD/M full", "dollars per million output tokens, at the chip's rent: of this stream, and at full load"),
     ("cost ratio", f"chip time per output token at full load over that of `{BASELINE}`: what adaptation must charge"),

@@ -175,8 +175,8 @@ def poisson_requests(
             raise ConfigError(f"{name}: {mean} must be at least 1 token")
     if largest * (prompt + output) > LONGEST_TOKENS:
         raise ConfigError(
-            f"prompt, output: {lengths} lengths of up to {largest:g} x ({prompt} + {output}) tokens are longer than "
-            f"{LONGEST_TOKENS}"
+            f"prompt: with {lengths} lengths up to {largest:g} x ({prompt} + {output}) tokens of prompt and output are "
+            f"more than {LONGEST_TOKENS}"
         )
     if not 0 < rate_per_s < float("inf") or count / rate_per_s > LONGEST_STREAM_S / 2:
         raise ConfigError(

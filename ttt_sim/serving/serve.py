@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ttt_sim.chip import Chip
+from ttt_sim.data_files import did_you_mean
 from ttt_sim.errors import CapacityError, ConfigError, UnsupportedError
 from ttt_sim.grid import method_on
 from ttt_sim.model import MethodSettings, Model, Parallel, TTTSettings
@@ -21,7 +22,7 @@ from ttt_sim.serving.records import (
     step_frame,
 )
 from ttt_sim.serving.requests import PS_PER_S, Lengths, Request, offered_per_s, poisson_requests
-from ttt_sim.serving.server import Policy, Server, Swap
+from ttt_sim.serving.server import POLICIES, Policy, Server, Swap
 from ttt_sim.serving.steps import PJ_PER_J, Machine, Room, StepTimes, check_served, room_on
 from ttt_sim.system import tensor_parallel_sizes
 
@@ -48,6 +49,7 @@ class Stream:
     seed: int = 0
 
     def requests(self, rate_per_s: float) -> tuple[Request, ...]:
+        """The stream at this rate."""
         return poisson_requests(
             count=self.count, rate_per_s=rate_per_s, prompt=self.prompt, output=self.output, lengths=self.lengths,
             seed=self.seed,
@@ -57,7 +59,11 @@ class Stream:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Serving:
     """What ``serve`` simulates. ``stream``: random requests, or those of a file. ``tp`` None: as few chips as hold
-    every method."""
+    every method.
+
+    Raises:
+        ConfigError: a value is out of range, or a method is not one that can be served.
+    """
 
     chip: Chip
     model: Model
@@ -71,6 +77,24 @@ class Serving:
     most_sequences: int = 256
     policy: Policy = "prefill_first"
     tp: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.most_sequences < 1:
+            raise ConfigError(f"batch: {self.most_sequences} must be at least 1")
+        if self.policy not in POLICIES:
+            raise ConfigError(
+                f"policy: {self.policy!r} is not one of {', '.join(POLICIES)}{did_you_mean(self.policy, POLICIES)}"
+            )
+        for name in self.methods:
+            check_served(self.model, self.settings(name), self.dtype)
+        self.requests()
+
+    def requests(self, rate_per_s: float = 1.0) -> tuple[Request, ...]:
+        """The requests; random ones come at ``rate_per_s`` unless their own rate is given."""
+        if not isinstance(self.stream, Stream):
+            return self.stream
+        own = self.stream.rate_per_s
+        return self.stream.requests(rate_per_s if own is None else own)
 
     def settings(self, name: str) -> MethodSettings:
         """The method as it runs on the chip."""
@@ -133,22 +157,16 @@ def serve(settings: Serving) -> Run:
     """Serve the stream under every method.
 
     Raises:
-        ConfigError: a value is wrong, or no method can be served on the chip; the message says why.
+        ConfigError: no method can be served on the chip; the message says why.
     """
     import pandas as pd
 
-    for name in settings.methods:
-        check_served(settings.settings(name))
-    if settings.most_sequences < 1:
-        raise ConfigError(f"batch: {settings.most_sequences} must be at least 1")
-    stream = settings.stream
-    requests = stream.requests(stream.rate_per_s or 1.0) if isinstance(stream, Stream) else stream
+    requests = settings.requests()
     ready, reasons = _prepared(settings, requests)
     if not ready:
         raise ConfigError("\n".join(f"{name}: {reason}" for name, reason in reasons.items()))
-    if isinstance(stream, Stream) and stream.rate_per_s is None:
-        rate = DEFAULT_LOAD * min(one.full.requests_per_s for one in ready.values())
-        requests = stream.requests(float(f"{rate:.3g}"))
+    rate = DEFAULT_LOAD * min(one.full.requests_per_s for one in ready.values())
+    requests = settings.requests(float(f"{rate:.3g}"))
     records, rows, steps = [], [], []
     for name in settings.methods:
         if name not in ready:

@@ -9,9 +9,9 @@ chunk has. Up to 15 sequences every n is simulated, then every n of four signifi
 Sequences that *complete a chunk* in a step add what a simulated lockstep of so many sequences takes more in the step
 that completes its chunk, and what that holds up in the next, than in an ordinary step.
 
-A *prefill call* takes the next tokens of one prompt and is a step of its own. Of every 64 lengths the first and the
-last are simulated and those between interpolated, never across the end of a chunk: rows come in tiles, so time jumps
-after a multiple of their height.
+A *prefill call* takes the next tokens of one prompt and is a step of its own. Lengths up to 64 are simulated; of every
+64 further ones the first and the last are, and those between interpolated, never across the end of a chunk: rows come
+in tiles, so time jumps after a multiple of their height.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from ttt_sim.workload import build_trace, find_method, state_per_sequence
 
 #: Lengths of a prefill call between which times are interpolated.
 CALL_STEP_TOKENS = 64
+#: Keys that attention takes at a time on most chips.
+KEY_BLOCK = 128
 #: Sequences whose chunks are completed together at most; more follow in further rounds, which bounds their activations.
 UPDATE_GROUP = 8
 #: First rows of a chunk that may cost something of their own.
@@ -43,6 +45,10 @@ _FIRST_ROWS = 4
 #: Shorter chunks leave no ordinary steps to tell apart.
 LEAST_CHUNK_TOKENS = 8
 PJ_PER_J = 10**12
+#: What a served method may do.
+SERVED_PHASES = ("prefill", "ask", "decode")
+#: Some context, to see where a method keeps it.
+_TYPICAL_TOKENS = 4096
 
 
 class Cost(NamedTuple):
@@ -118,16 +124,22 @@ class Simulated(NamedTuple):
     peak_bytes: int
 
 
-def check_served(method: MethodSettings) -> None:
-    """Refuse what users cannot share.
+def check_served(model: Model, method: MethodSettings, dtype: str) -> None:
+    """Refuse what does not fit a server of independent sequences.
 
     Raises:
-        ConfigError: a method without prefill and decode, with a model per user, or with chunks of a few tokens.
+        ConfigError: a method that does more than prefill and decode, has a model per user, or keeps state in common or
+            behind the main memory; or chunks of a few tokens.
     """
     found = find_method(method.name)
-    if not found.batched or found.adapts != "prefill" or "decode" not in found.phases:
+    if not found.batched or found.adapts != "prefill" or not set(found.phases) <= set(SERVED_PHASES):
         raise ConfigError(
-            f"method {method.name} is not served: it does not take prompts in by prefill and share decode steps"
+            f"method {method.name} is not served: taking a context in is more than the prefill of a prompt there"
+        )
+    state = state_per_sequence(model, method, _TYPICAL_TOKENS, dtype)
+    if state.shared_bytes or state.far_bytes:
+        raise ConfigError(
+            f"method {method.name} is not served: the server gives every sequence a state of its own in main memory"
         )
     if method.ttt is not None and method.ttt.chunk_tokens < LEAST_CHUNK_TOKENS:
         raise ConfigError(
@@ -142,27 +154,27 @@ def batch_between(n: int) -> tuple[int, int]:
     return low, low + step
 
 
+def _spread(end: int, bits: int) -> set[int]:
+    """Whole numbers up to ``end`` and itself: those up to 8, and of the others those of so many significant bits."""
+    few = {digits << shift for digits in range(1 << bits) for shift in range(end.bit_length())}
+    return {number for number in {*range(9), *few, end} if number <= end}
+
+
 def position_knots(longest: int, window_tokens: int | None) -> list[int]:
-    """Positions up to ``longest`` or beyond at which steps without chunks are simulated: doublings and their middles,
-    and where a window fills up."""
+    """Positions up to ``longest`` at which steps without chunks are simulated: both ends of blocks of keys that
+    attention takes at a time, and where a window fills up."""
     end = longest if window_tokens is None else min(longest, window_tokens - 1)
-    knots = {1, 16, 64, max(end, 1)}
-    for exponent in range(7, max(end - 1, 1).bit_length() + 1):
-        knots |= {1 << exponent, 3 << (exponent - 1)}
-    return sorted(knot for knot in knots if knot <= max(end, 1))
+    ends = {block * KEY_BLOCK + key for block in _spread(end // KEY_BLOCK, 2) for key in (0, KEY_BLOCK - 1)}
+    return sorted({min(max(position, 1), max(end, 1)) for position in ends} | {max(end, 1)})
 
 
 def chunk_knots(longest: int, chunk: int, window_tokens: int | None) -> list[int]:
-    """Chunks in which steps are simulated: 0 to 4, doublings and their middles, and where a window fills up."""
+    """Chunks in which steps are simulated, up to where ``longest`` ends or a window is full."""
     end = ceil_div(longest, chunk)
-    full = None if window_tokens is None else ceil_div(window_tokens, chunk)
-    knots = {0, 1, 2, 3, 4, end}
-    for exponent in range(2, end.bit_length() + 1):
-        knots |= {1 << exponent, 3 << (exponent - 1)}
-    if full is not None:
-        knots |= {full - 1, full}
-        end = min(end, full)
-    return sorted(knot for knot in knots if knot <= end)
+    if window_tokens is None:
+        return sorted(_spread(end, 3))
+    full = ceil_div(window_tokens, chunk)
+    return sorted(number for number in _spread(end, 3) | {full - 1, full} if number <= min(end, full))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -220,14 +232,19 @@ class StepTimes:
         at: FloatArray = np.arange(self.longest + 1, dtype=np.float64)
         if chunk is None:
             knots = position_knots(self.longest, window)
-            found = self._lockstep([knots[0] - 1, *knots], batch)[:, 1:]  # the first step fills caches
+            found = self._steps_at(knots, batch)
             return _counts(_interpolated(at, knots, found))
         chunks, ends = chunk_knots(self.longest, chunk, window), (min(_FIRST_ROWS, chunk - 3), chunk - 2)
         steps = [k * chunk + row for k in chunks for row in ends]
-        found = self._lockstep([steps[0] - 1, *steps], batch)[:, 1:]
+        found = self._steps_at(steps, batch)
         number, row = np.floor(at / chunk), at % chunk
         first, last = (_interpolated(number, chunks, found[:, i::2]) for i in (0, 1))
         return _counts(first + (last - first) * ((row - ends[0]) / (ends[1] - ends[0])))
+
+    def _steps_at(self, positions: Sequence[int], batch: int) -> FloatArray:
+        """(2, n_positions) seconds and joules. The step before the first fills caches, the one after the last
+        overwrites what else would have to leave them."""
+        return self._lockstep([positions[0] - 1, *positions, positions[-1] + 1], batch)[:, 1:-1]
 
     def _lockstep(self, positions: Sequence[int], batch: int) -> FloatArray:
         """(2, n_steps) seconds and joules."""
@@ -253,10 +270,10 @@ class StepTimes:
         return self.extras[n]
 
     def _around_boundary(self) -> list[int]:
-        """Two steps before the one that completes the second chunk of a sequence, it, and two after it."""
+        """Two steps before the one that completes the second chunk of a sequence, it, and three after it."""
         chunk = self.machine.chunk_tokens
         assert chunk is not None
-        return [2 * chunk - 1 + i for i in range(-2, 3)]
+        return [2 * chunk - 1 + i for i in range(-2, 4)]
 
     def prefill(self, position: int, tokens: int, *, logits: bool) -> Cost:
         """A call of one sequence: ``tokens`` after ``position`` others; ``logits``: the last of its prompt."""
@@ -270,6 +287,8 @@ class StepTimes:
     def _calls_beside(self, position: int, tokens: int) -> tuple[int, int]:
         """Lengths that are simulated, at most and at least ``tokens``: the ends of the range that fills as many tiles
         and completes as many chunks."""
+        if tokens <= CALL_STEP_TOKENS:
+            return tokens, tokens
         low = tokens - (tokens - 1) % CALL_STEP_TOKENS
         high = low + CALL_STEP_TOKENS - 1
         chunk = self.machine.chunk_tokens
