@@ -16,7 +16,7 @@ from ttt_sim.data_files import did_you_mean
 from ttt_sim.engine import prepare
 from ttt_sim.errors import CapacityError, ConfigError, UnsupportedError
 from ttt_sim.grid import method_on
-from ttt_sim.lower.spill import placed_far
+from ttt_sim.lower.placement import far_names
 from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, TTTSettings, shard, stage_starts
 from ttt_sim.ops import TEMPORARY_ROLES, Role, Trace
 from ttt_sim.parallel import Progress, run_all
@@ -367,7 +367,7 @@ def _beside(trace: Trace) -> int:
 
 def _outside(trace: Trace) -> dict[str, int]:
     """Bytes that come from outside the chip (``read``) and go there (``write``)."""
-    far = set(placed_far(trace))
+    far = set(far_names(trace))
     moved = {"read": (trace.read_tensor, trace.read_bytes), "write": (trace.write_tensor, trace.write_bytes)}
     return {
         direction: sum(

@@ -14,7 +14,8 @@ from ttt_sim.data_files import names
 from ttt_sim.workload import METHODS
 
 COMMANDS = (
-    "run", "compare", "approaches", "claims", "lifecycle", "trace", "verify", "drift", "predict", "validate", "explain",
+    "run", "compare", "approaches", "claims", "lifecycle", "trace", "verify", "drift", "serve", "predict", "validate",
+    "explain",
     "calibrate", "chips", "models", "show", "lint", "schema",
 )  # fmt: skip
 

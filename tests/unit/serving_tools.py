@@ -62,7 +62,8 @@ def cell(entries: Sequence[Sequence[Any]]) -> str:
 
 def at_positions(trace: Trace, step: int, groups: Sequence[tuple[int, int]]) -> Trace:
     """``trace`` of full attention with ``step`` in groups of (sequences, tokens held): an attention core for each."""
-    rows, parts = [], {}
+    rows: list[Row] = []
+    parts: dict[str, list[tuple[str, int, int]]] = {}
     for row in rows_of(trace):
         if row["step"] == step and row["kind"] == "attention":
             (query, version, q_bytes), (cache, kv_version, kv_bytes) = operands(row["reads"])
@@ -83,7 +84,7 @@ def at_positions(trace: Trace, step: int, groups: Sequence[tuple[int, int]]) -> 
                 rows.append({**row, **share, **costs, "reads": cell(reads), "writes": cell(parts[core][-1:])})
             continue
         if row["step"] == step and row["kind"] == "o_proj":
-            reads = [part for name, *rest in operands(row["reads"]) for part in parts.get(name, [(name, *rest)])]
+            reads = [part for read in operands(row["reads"]) for part in parts.get(read[0], [read])]
             row = {**row, "reads": cell(reads)}
         rows.append(row)
     tensors = [tensor_row(tensor) for tensor in trace.tensors]
@@ -104,7 +105,8 @@ def with_updates(ordinary: Trace, step: int, boundary: Trace, boundary_step: int
         updates = row["phase"] != "forward" or row["kind"] == "carry_append"
         if row["step"] == boundary_step and row["layer"] >= 0 and updates:
             extra.setdefault(row["layer"], []).append(row)
-    made, first = set(), {}
+    made: set[tuple[str, int]] = set()
+    first: dict[str, int] = {}
     for row in (row for found in extra.values() for row in found):
         for name, version, _ in operands(row["reads"]):
             if (name, version) not in made:

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lower",),
     ("engine",),
     ("bounds", "power", "results", "simulation", "system", "update_cost"),
-    ("approaches", "comparison", "grid", "crossover", "drift", "lifecycle", "predict", "replay", "writing"),
+    ("approaches", "comparison", "grid", "crossover", "drift", "lifecycle", "predict", "replay", "serving", "writing"),
     ("claims",),
     ("report",),
     ("experiment",),

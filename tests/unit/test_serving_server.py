@@ -8,6 +8,7 @@ import pytest
 from tests.unit.serving_tools import FixedTimes, byte_per_token, request, served_by
 from ttt_sim.serving.requests import PS_PER_S, poisson_requests
 from ttt_sim.serving.server import Server, Swap
+from ttt_sim.serving.steps import Room
 
 
 def stream(count: int = 300, rate: float = 0.05, seed: int = 0, prompt: int = 40, output: int = 20) -> tuple:
@@ -165,11 +166,10 @@ def test_memory_is_never_exceeded(fixed: int, way: str) -> None:
 
 def test_state_that_does_not_grow_never_has_to_leave() -> None:
     """Fast weights alone: as many sequences as fit, whatever their length."""
-    room = byte_per_token(1000, page_tokens=4096, fixed=0)
     sizes = np.array([0, 200], dtype=np.int64)
     server = served_by(
         stream(rate=0.05), FixedTimes(call=30, step=11),
-        room=type(room)(capacity=1000, weights=0, activations=0, page_tokens=4096, state_bytes=sizes),
+        room=Room(capacity=1000, weights=0, activations=0, page_tokens=4096, state_bytes=sizes),
     )  # fmt: skip
     assert max(step.batch for step in server.steps) == 5
     assert not any(one.recomputes for one in server.served)
