@@ -78,11 +78,11 @@ def full_load(requests: Sequence[Request], times: StepTimes, room: Room, most_se
         return FullLoad(batch=1, ps_per_request=prefill_ps / len(requests))
     held = int((room.of(prompts + decodes // 2) * decodes).sum()) // total
     batch = max(min(room.for_state // held, most_sequences), 1) if held else most_sequences
-    decode_ps = 0.0
+    steps_ps = 0  # in Python's integers: the sum may leave 64 bits
     for i in range(_SAMPLES):
         at = prompts + decodes * (2 * i + 1) // (2 * _SAMPLES)
-        ps = times.lockstep_ps(batch, at) / batch
-        decode_ps += float((ps * decodes).sum()) / _SAMPLES
+        steps_ps += sum(a * b for a, b in zip(times.lockstep_ps(batch, at).tolist(), decodes.tolist(), strict=True))
+    decode_ps = steps_ps / (_SAMPLES * batch)
     chunk = times.machine.chunk_tokens
     if chunk is not None:
         decode_ps += total * times.completing(1).ps / chunk

@@ -164,7 +164,14 @@ def serve(settings: Serving) -> Run:
     requests = settings.requests()
     ready, reasons = _prepared(settings, requests)
     if not ready:
-        raise ConfigError("\n".join(f"{name}: {reason}" for name, reason in reasons.items()))
+        lines = [f"{name}: {reason}" for name, reason in reasons.items()]
+        if settings.tp is None:
+            most = max(tensor_parallel_sizes(settings.model))
+            lines.append(
+                f"no group of up to {most} chips that share every layer of {settings.model.name} serves it either; "
+                "pipelines are not simulated"
+            )
+        raise ConfigError("\n".join(lines))
     rate = DEFAULT_LOAD * min(one.full.requests_per_s for one in ready.values())
     requests = settings.requests(float(f"{rate:.3g}"))
     records, rows, steps = [], [], []
