@@ -20,7 +20,7 @@ from ttt_sim.model import ONE_CHIP, Model, Parallel, TTTSettings
 from ttt_sim.parallel import Progress, run_all
 from ttt_sim.simulation import Point, rows_at_once
 from ttt_sim.system import least_system, tensor_parallel_sizes
-from ttt_sim.workload import METHODS, find_method, state_per_sequence
+from ttt_sim.workload import METHODS, find_method, state_of_context
 from ttt_sim.workload.method import Method, PhaseName
 
 if TYPE_CHECKING:
@@ -145,10 +145,7 @@ def _followed(first: Record, step: Mapping[str, object], steps: int) -> Mapping[
 
 def _held(point: Point) -> dict[str, object]:
     """How many users the memory holds beside the weights; of what lies behind it, so does the memory there."""
-    state = state_per_sequence(
-        point.model, point.method, find_method(point.method.name).held_tokens(point.method, point.context_tokens),
-        dtype=point.dtype,
-    )  # fmt: skip
+    state = state_of_context(point.model, point.method, point.context_tokens, point.dtype)
     chips, backing = point.parallel.chips, point.chip.backing
     room = point.chip.main_memory.capacity_bytes * chips - weight_bytes(point) - state.shared_bytes
     parts = [(room, state.total_bytes - state.far_bytes)]

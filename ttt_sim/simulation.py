@@ -22,7 +22,7 @@ from ttt_sim.results import FloatArray, Result
 from ttt_sim.system import holdings, least_system, microbatches_of, period_cycles, pipeline_cycles, stage_cycles
 from ttt_sim.units import ceil_div, format_bytes
 from ttt_sim.update_cost import update_record
-from ttt_sim.workload import build_trace, find_method, state_per_sequence
+from ttt_sim.workload import build_trace, find_method, state_of_context, state_per_sequence
 from ttt_sim.workload.fast_state import CONV_TAPS
 from ttt_sim.workload.method import PhaseName
 
@@ -394,7 +394,8 @@ def rows_at_once(point: Point) -> int:
 
 def _identity(point: Point) -> dict[str, object]:
     """Fields that say what was simulated, and the state that it keeps per sequence."""
-    state = state_per_sequence(point.model, point.method, point.context_tokens, dtype=point.dtype)
+    kept = state_of_context if point.phase in ("ask", "decode") else state_per_sequence
+    state = kept(point.model, point.method, point.context_tokens, point.dtype)
     return {
         "chip": point.chip.name,
         "variant": point.chip.variant,

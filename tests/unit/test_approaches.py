@@ -18,7 +18,7 @@ from ttt_sim.model_config import load_model, load_ttt
 from ttt_sim.report.approaches import findings
 from ttt_sim.report.figures_approaches import FAMILIES, FIGURES
 from ttt_sim.simulation import simulate_point
-from ttt_sim.workload import METHODS
+from ttt_sim.workload import METHODS, state_of_context
 from ttt_sim.workload.method import PHASE_NAMES
 
 SETTINGS = Approaches(
@@ -65,6 +65,16 @@ def test_fast_weights_add_a_step_that_takes_longer(data: Approached) -> None:
     assert found["boundary_added_seconds"] > 0
     assert found["state_fast_weight_bytes"] == 5 * 2048 * 6144 * 2
     assert found["state_bytes"] < row(data, "kv")["state_bytes"]
+
+
+def test_what_is_kept_of_a_context() -> None:
+    """Nothing but its weights of a model that was trained on it, all vectors of an index."""
+    model = SETTINGS.model
+    tuned = state_of_context(model, METHODS["fine_tuning"].settings(None, None, None), 8192, "bf16")
+    assert (tuned.kv_bytes, tuned.fast_weight_bytes) == (0, 2 * model.parameters)
+    index = state_of_context(model, METHODS["rag"].settings(None, None, None), 1 << 20, "bf16")
+    assert index.index_bytes == (1 << 20) // 512 * 1024 * 2  # passages of 512 tokens, vectors of 1024 numbers
+    assert index.kv_bytes == 8 * 512 * 2 * 8 * 128 * 28 * 2  # of the eight passages that are found
 
 
 def test_training_repeats_its_step_and_users_take_turns(data: Approached) -> None:

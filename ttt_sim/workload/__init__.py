@@ -25,7 +25,16 @@ from ttt_sim.workload.titans import TITANS
 from ttt_sim.workload.ttt_layers import TTT_LINEAR, TTT_MLP
 from ttt_sim.workload.ttt_outer import TTT_OUTER
 
-__all__ = ["CONTEXT_METHODS", "METHODS", "Method", "State", "build_trace", "find_method", "state_per_sequence"]
+__all__ = [
+    "CONTEXT_METHODS",
+    "METHODS",
+    "Method",
+    "State",
+    "build_trace",
+    "find_method",
+    "state_of_context",
+    "state_per_sequence",
+]
 
 #: Every method by name.
 METHODS: Mapping[str, Method] = {
@@ -81,3 +90,15 @@ def state_per_sequence(model: Model, settings: MethodSettings, tokens: int, dtyp
     """
     check_kv(settings.kv)
     return find_method(settings.name).state(model, settings, tokens, dtype)
+
+
+def state_of_context(model: Model, settings: MethodSettings, context_tokens: int, dtype: str) -> State:
+    """What one sequence keeps once a context was taken in: of the tokens that are still held before a question, or, of
+    an index, of all of them.
+
+    Raises:
+        ConfigError: unknown method, or settings that cannot be.
+    """
+    method = find_method(settings.name)
+    tokens = context_tokens if method.adapts == "index" else method.held_tokens(settings, context_tokens)
+    return state_per_sequence(model, settings, tokens, dtype)
