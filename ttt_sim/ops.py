@@ -189,6 +189,7 @@ OP_KINDS: tuple[OpKind, ...] = (
     OpKind("state_hash", "V2", OpClass.VECTOR, "hash of what a sequence keeps"),
     OpKind("history_scores", "V3", OpClass.MATMUL, "hidden rows by those of earlier chunks"),
     OpKind("history_apply", "V4", OpClass.MATMUL, "these scores by the values of earlier chunks"),
+    OpKind("post_norm", "E14", OpClass.VECTOR, "RMSNorm of what a branch adds"),
 )
 #: Kinds that no decoder emits: ops of which latencies are published, simulated one by one.
 MEASURED_ALONE: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("M"))
@@ -229,7 +230,7 @@ class Trace:
 
     ``kind`` index into :data:`OP_KINDS`; ``phase`` a :class:`Phase`; ``layer`` -1 outside the layers; ``chunk`` index
     of the chunk of the sequence, -1 for ops that belong to none; ``step`` index of the call in the scenario;
-    ``position`` tokens before that call; ``dtype`` index into :data:`DTYPES` of the multiplied operands; ``batch, m, n,
+    ``position`` tokens before its rows; ``dtype`` index into :data:`DTYPES` of the multiplied operands; ``batch, m, n,
     k`` as :class:`OpClass` says; ``heads, kv_heads, pairs`` for attention, ``heads`` also for scans, collectives and
     the hops of a walk, else 0 (``pairs``: visible query-key pairs per sequence; of scans the tokens of a chunk, 0 where
     they go token by token); ``flops`` multiply-adds counted as two; ``vector_ops`` lane operations, of which ``exp_ops,
@@ -350,6 +351,7 @@ LANE_COST: Mapping[str, LaneCost] = {
     "top_k": LaneCost(lanes=2),  # a comparison and a move
     "embed_pool": LaneCost(lanes=1),
     "state_hash": LaneCost(),  # that of the hash function is added
+    "post_norm": LaneCost(lanes=4, rsqrt_per_row=1),
 }
 #: Lane operations per visible pair and head, one of them an exponential.
 _PAIR_LANES: Mapping[str, int] = {"attention": 5, "attention_grad": 6, "latent_attention": 5}

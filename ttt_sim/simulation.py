@@ -15,6 +15,7 @@ from ttt_sim.errors import CapacityError, ConservationError, UnsupportedError, W
 from ttt_sim.intervals import ANY_OP, interval
 from ttt_sim.lower import DEFAULT_DETAIL, find_mapper, lower
 from ttt_sim.lower.spill import with_host_memory
+from ttt_sim.lower.writes import check_mode
 from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, shard, stage_starts
 from ttt_sim.ops import KIND, OP_KINDS, IntArray, Trace, persistent_bytes, total_by
 from ttt_sim.power import throttled_seconds
@@ -243,7 +244,7 @@ def _scenario(point: Point) -> tuple[Scenario, DecodePlan | None]:
         span_tokens=chunk or point.chunk_tokens,
         chunk_tokens=chunk,
         window_tokens=point.method.kv.window_tokens,
-        uneven_tokens=CONV_TAPS - 1 if ttt is not None and ttt.carry == "online" else 1,
+        uneven_tokens=CONV_TAPS - 1 if ttt is not None and ttt.carry == "online" else method.uneven_tokens,
     )
     scenario = Scenario.decode(plan.positions, batch=batch, dtype=point.dtype, parallel=point.parallel)
     return replace(scenario, taken_tokens=point.context_tokens), plan
@@ -282,12 +283,13 @@ def _stage_cycles(point: Point, result: Result) -> IntArray:
 def simulate_point(point: Point) -> PointResult:
     """Simulate one point. A point that does not fit, or needs what the chip does not have, is a record with ``fits``
     False and ``reason`` or ``missing`` that says why, not an error."""
-    find_mapper(point.chip)  # before anything is found not to fit
+    find_mapper(point.chip)
     record = _identity(point)
     try:
         scenario, plan = _scenario(point)
         trace = build_trace(point.model, point.method, scenario)
         point = replace(point, chip=with_host_memory(point.chip, trace))
+        check_mode(trace, point.chip)  # before anything is found not to fit
     except UnsupportedError as error:
         return PointResult(point=point, record=record | {"missing": str(error)})
     capacity = point.chip.capacity_bytes

@@ -22,7 +22,8 @@ _STATE = (Role.FAST_WEIGHT, Role.KV, Role.CARRY)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateCost:
-    """Means over the updates of a simulation, each of one layer and one sequence.
+    """Means over the updates of a simulation, each of one layer and one sequence; of all layers where a step is over
+    all of them.
 
     ``count``           updates in the span that the step weights add up to, all layers and sequences
     ``per_layer``       those of one layer
@@ -61,7 +62,10 @@ def update_cost(result: Result, weights: FloatArray, batch: int) -> UpdateCost |
     """
     trace, work, lead = result.trace, result.lowered.work, result.lowered.kernels.lead
     written = np.flatnonzero(trace.phase == int(Phase.WEIGHT_WRITE))
-    place = np.stack([trace.step, trace.layer, trace.chunk], axis=1)
+    layer = trace.layer
+    if trace.meta.get("updates") == "together":  # one step over all layers is one update
+        layer = np.zeros_like(layer)
+    place = np.stack([trace.step, layer, trace.chunk], axis=1)
     updates = np.unique(place[written], axis=0)  # the first of a chip's part of a context adds earlier deltas besides
     count = batch * float(weights[updates[:, 0]].sum())
     if not count:

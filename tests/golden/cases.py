@@ -27,7 +27,8 @@ OTHER_OPTIONS = {
     "rag": {
         "passage_tokens": 32, "dimension": 64, "code_bytes": 8, "top_k": 2, "encoder_layers": 2, "encoder_width": 64,
         "encoder_ff": 192, "encoder_heads": 4, "encoder_vocab": 256,
-    }
+    },
+    "ttt_e2e": {"mini_batch": 32},
 }  # fmt: skip
 
 

@@ -57,6 +57,9 @@ _ROW_CHAINS: tuple[tuple[str, str], ...] = (
     ("delta_scale", "weight_write"),
     ("short_conv", "l2_norm"),
     ("l2_norm", "state_gates"),
+    ("post_norm", "attn_residual"),
+    ("post_norm", "mlp_residual"),
+    ("mlp_residual", "mlp_norm"),
 )
 #: Element-wise ops that a GEMM can apply to its output tile before storing it.
 _EPILOGUES: tuple[tuple[str, str], ...] = (
@@ -77,6 +80,7 @@ _BROKEN_BY_EPILOGUE: tuple[tuple[str, str], ...] = (
     ("mlp_residual", "layernorm"),
     ("mlp_residual", "attn_norm"),
     ("mlp_residual", "final_norm"),
+    ("mlp_residual", "mlp_norm"),
 )
 
 

@@ -22,6 +22,7 @@ from ttt_sim.workload.method import Method, State
 from ttt_sim.workload.q_ttt import Q_TTT
 from ttt_sim.workload.retrieval import RAG
 from ttt_sim.workload.titans import TITANS
+from ttt_sim.workload.ttt_e2e import TTT_E2E
 from ttt_sim.workload.ttt_layers import TTT_LINEAR, TTT_MLP
 from ttt_sim.workload.ttt_outer import TTT_OUTER
 
@@ -59,6 +60,7 @@ METHODS: Mapping[str, Method] = {
     "lact": LACT,
     "titans": TITANS,
     "rag": RAG,
+    "ttt_e2e": TTT_E2E,
 }
 #: Those that ``run``, ``compare`` and ``sweep`` know: a KV cache and In-Place TTT, in their forms.
 CONTEXT_METHODS: tuple[str, ...] = ("kv", "kv_window", "kv_quant", "ttt", "ttt_window")

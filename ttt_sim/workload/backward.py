@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from ttt_sim.dtypes import tensor_bytes
 from ttt_sim.model import Call
 from ttt_sim.ops import Num, Phase, Role
 from ttt_sim.workload.attention import attention_weights, dequantise_lanes, kv_token_bytes, stored_tokens, visible_pairs
@@ -74,20 +75,24 @@ class Backward:
     def product(
         self, s: Segment, name: str, out_grad: Read, source: Read, in_grad: Write | None, *, n: int, k: int,
         adds: bool = False, sequences: int = 1, trained: bool | None = None, tokens: int | None = None,
+        weight_dtype: str | None = None,
     ) -> None:  # fmt: skip
         """Backward of rows (k) times a weight (n, k): the gradient of the input, if wanted, and of the weight, if it is
-        trained. ``adds``: to the newest version of ``in_grad``. ``sequences``: as many weights, one per sequence."""
+        trained. ``adds``: to the newest version of ``in_grad``. ``sequences``: as many weights, one per sequence.
+        ``weight_dtype`` of the weight, which is cast as it is read, and of its gradient, if not that of activations."""
         d = self.decoder
         sequences = d.batch if name in d.own else sequences
+        kept = weight_dtype or d.dtype
+        cast = sequences * n * k if kept != d.dtype else 0
         rows = d.batch * (s.run.tokens if tokens is None else tokens) // sequences
         if in_grad is not None:
-            weight: Read = (f"{name}.weight", sequences * d.size(n, k))
+            weight: Read = (f"{name}.weight", tensor_bytes(sequences * n * k, kept))
             s.op(
                 "input_grad", reads=[out_grad, weight, *([in_grad] if adds else [])], writes=[in_grad], dtype=d.dtype,
-                batch=sequences, m=rows, n=k, k=n, extra_lanes=sequences * rows * k if adds else 0,
+                batch=sequences, m=rows, n=k, k=n, extra_lanes=cast + (sequences * rows * k if adds else 0),
             )  # fmt: skip
         if trained if trained is not None else name in d.trained:
-            grad = s.buffer(f"{name}_grad", (sequences, n, k), d.dtype, Role.GRADIENT)
+            grad = s.buffer(f"{name}_grad", (sequences, n, k), kept, Role.GRADIENT)
             s.op(
                 "weight_grad", reads=[out_grad, source], writes=[grad], dtype=d.dtype, batch=sequences, m=n, n=k, k=rows
             )
@@ -119,25 +124,27 @@ class Backward:
 
     def mlp(
         self, s: Segment, out_grad: Read, normed_grad: Write | None, *, prefix: str = "", sequences: int = 1,
-        trained: bool | None = None,
+        trained: bool | None = None, weight_dtype: str | None = None,
     ) -> None:  # fmt: skip
         """Backward of a gated MLP from the gradient of its output to that of its input, if that is wanted.
 
-        ``prefix`` of its families: weights ``gate_proj``, ``up_proj`` and ``down_proj``, activations ``mlp_normed``,
-        ``gate``, ``up`` and ``hidden``.
+        ``sequences``, ``trained`` and ``weight_dtype`` as of :meth:`product`. ``prefix`` of its families: weights
+        ``gate_proj``, ``up_proj`` and ``down_proj``, activations ``mlp_normed``, ``gate``, ``up`` and ``hidden``.
         """
         d = self.decoder
         rows, width, f = d.batch * s.run.tokens, d.model.d_model, d.model.d_ff
         hidden_grad = s.buffer(f"{prefix}hidden_grad", (d.batch, s.run.tokens, f), d.dtype)
         self.product(
             s, f"{prefix}down_proj", out_grad, (f"{prefix}hidden", d.size(rows, f)), hidden_grad, n=width, k=f,
-            sequences=sequences, trained=trained,
+            sequences=sequences, trained=trained, weight_dtype=weight_dtype,
         )  # fmt: skip
-        self.gated(s, hidden_grad, normed_grad, prefix=prefix, sequences=sequences, trained=trained)
+        self.gated(
+            s, hidden_grad, normed_grad, prefix=prefix, sequences=sequences, trained=trained, weight_dtype=weight_dtype
+        )
 
     def gated(
         self, s: Segment, hidden_grad: Read, normed_grad: Write | None, *, prefix: str = "", sequences: int = 1,
-        trained: bool | None = None,
+        trained: bool | None = None, weight_dtype: str | None = None,
     ) -> None:  # fmt: skip
         """The part of :meth:`mlp` after its last product: from the gradient of the hidden rows."""
         d = self.decoder
@@ -155,18 +162,20 @@ class Backward:
         for i, name in enumerate(("gate_proj", "up_proj")):
             self.product(
                 s, prefix + name, grads[i], rows_of("mlp_normed", width), normed_grad, n=f, k=width, adds=i > 0,
-                sequences=sequences, trained=trained,
+                sequences=sequences, trained=trained, weight_dtype=weight_dtype,
             )  # fmt: skip
         if normed_grad is not None:
             self.summed(s, normed_grad)
 
     def attention(
         self, s: Segment, out_grad: Read, normed_grad: Write | None, *, cached: Sequence[Read] = (),
-        keys: Num | None = None,
+        keys: Num | None = None, pairs: Num | None = None, lanes: Num | None = None,
     ) -> None:  # fmt: skip
         """Backward of attention from the gradient of its output to that of its normed input, if that is wanted.
 
-        ``cached``: keys and values from before the call, which have no gradient; ``keys`` that the core sees with them.
+        ``cached``: keys and values from before the call, which have no gradient; ``keys`` that the core sees with them;
+        ``pairs`` that it computes, if not all that a window or the causal order allows; ``lanes``: what it does to
+        ``cached`` as it reads them, if that is not to scale all of them back.
         """
         d, model = self.decoder, self.decoder.model
         m, h = s.run.tokens, model.head_dim
@@ -183,7 +192,10 @@ class Backward:
         self.product(s, "o_proj", out_grad, rows_of("attn_core", q_width), core_grad, n=width, k=q_width)
         q_grad, k_grad, v_grad = grad_of("q_rotated", q_width), grad_of("k_rotated", kv_width), grad_of("v", kv_width)
         n_keys = m if keys is None else keys
-        pairs = visible_pairs(d.kv, s.run.positions if cached else np.zeros_like(s.run.positions), m)
+        if pairs is None:
+            pairs = visible_pairs(d.kv, s.run.positions if cached else np.zeros_like(s.run.positions), m)
+        if lanes is None:
+            lanes = dequantise_lanes(d.kv, 2 * d.batch * model.n_kv_heads * h * (n_keys - m))
         s.op(
             "attention_grad",
             reads=[
@@ -191,8 +203,7 @@ class Backward:
                 rows_of("k_rotated", kv_width), rows_of("v", kv_width),
             ],
             writes=[q_grad, k_grad, v_grad], dtype=d.dtype, batch=d.batch, m=m, n=n_keys, k=h, heads=model.n_heads,
-            kv_heads=model.n_kv_heads, pairs=pairs,
-            extra_lanes=dequantise_lanes(d.kv, 2 * d.batch * model.n_kv_heads * h * (n_keys - m)),
+            kv_heads=model.n_kv_heads, pairs=pairs, extra_lanes=lanes,
         )  # fmt: skip
         suffix = "_normed" if model.qk_norm else ""
         turned = [grad_of(f"q{suffix}", q_width), grad_of(f"k{suffix}", kv_width)]

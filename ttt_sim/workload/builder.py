@@ -38,17 +38,21 @@ def n_bytes(elements: Num, dtype: str) -> Num:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Neighbouring calls that emit the same ops. ``positions`` (n_calls,) tokens before each."""
+    """Neighbouring calls that emit the same ops. ``positions`` (n_calls,) tokens before each.
+
+    ``again``: rows that earlier calls ran are run once more, with the new ones.
+    """
 
     first_step: int
     positions: IntArray
     tokens: int
     logits: bool
+    again: bool = False
 
     @property
     def from_empty(self) -> bool:
         """The run is the first call of its sequences."""
-        return int(self.positions[0]) == 0
+        return int(self.positions[0]) == 0 and not self.again
 
 
 @dataclass(slots=True)
@@ -266,7 +270,6 @@ class TraceBuilder:
                 self._repeat_entries(block, entries, layers, np.array(offsets))
         self._number_versions(columns[:, 0], read_block, write_block)
         columns[_COLUMN["step"]] = (run.first_step + np.arange(n_calls, dtype=np.int64))[:, None]
-        columns[_COLUMN["position"]] = run.positions[:, None]
         self._blocks.append((columns.reshape(len(columns), -1), read_block.reshape(3, -1), write_block.reshape(3, -1)))
 
     def _number_versions(self, columns: IntArray, reads: IntArray, writes: IntArray) -> None:
@@ -303,6 +306,7 @@ class TraceBuilder:
         values[-1] = segment.write_entries.counts
         columns[:, :, where] = np.tile(values, layers.size)[:, None, :]
         columns[_COLUMN["layer"]][:, where] = np.repeat(layers, n_rows)
+        columns[_COLUMN["position"]][:, where] = segment.run.positions[:, None]
         for column, row, by_call in segment.row_arrays:
             columns[column][:, offsets + row] = by_call[:, None]
 

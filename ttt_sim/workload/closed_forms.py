@@ -550,3 +550,77 @@ def form_breakeven_tokens(
     own, shared = element_bytes(fast_dtype), element_bytes(dtype)
     saved = own if batch is None else own - shared / batch
     return saved / shared * replay_breakeven_tokens(model)
+
+
+# --- TTT-E2E ----------------------------------------------------------------------------------------------------------
+
+
+class E2EFlops(NamedTuple):
+    """FLOPs of one mini-batch of one sequence, by parts E1 to E9 of docs/methods.md."""
+
+    prefix: int
+    suffix_attention: int
+    suffix_mlp: int
+    head: int
+    head_grad: int
+    static_grad: int
+    prime_weight_grad: int
+    prime_input_grad: int
+    projections_grad: int
+    core_grad: int
+
+
+def e2e_suffix(model: Model) -> int:
+    """Ls = L // 4."""
+    return model.n_layers // 4
+
+
+def e2e_mlp_width(model: Model) -> int:
+    """f' = f L / (L + Ls), up to the next multiple of 128, no wider than before: the prime MLPs take the rest."""
+    share = Fraction(model.d_ff * model.n_layers, 128 * (model.n_layers + e2e_suffix(model)))
+    return min(model.d_ff, 128 * -(-share.numerator // share.denominator))
+
+
+def e2e_prime_parameters(model: Model) -> int:
+    """3 Ls d f'."""
+    return 3 * e2e_suffix(model) * model.d_model * e2e_mlp_width(model)
+
+
+def e2e_state_crossover(
+    model: Model, window_tokens: int, *, fast_dtype: str = "fp32", kv_dtype: str = "bf16"
+) -> Fraction:
+    """T_state = w + Phi / kappa at the end of a mini-batch, against a full cache of the same model."""
+    held = e2e_prime_parameters(model) * element_bytes(fast_dtype)
+    return window_tokens + held / kv_bytes_per_token(model, kv_dtype)
+
+
+def e2e_flops(model: Model, mini_batch: int, before: int, window_tokens: int, *, dense: bool) -> E2EFlops:
+    """A mini-batch after ``before`` tokens. Attention of the prefix, and of the suffix unless ``dense``, counts what a
+    window lets a query see; dense is every query with all of the window and the mini-batch."""
+    b, d, f, suffix = mini_batch, model.d_model, e2e_mlp_width(model), e2e_suffix(model)
+    width = model.n_heads * model.head_dim
+    projections = 4 * d * (model.n_heads + model.n_kv_heads) * model.head_dim
+    seen = visible_pairs(b, before, window_tokens)
+    pairs = b * (min(before, window_tokens) + b) if dense else seen
+    head = 2 * b * d * model.vocab_size
+    return E2EFlops(
+        prefix=(model.n_layers - suffix) * (b * (projections + 6 * d * f) + 4 * width * seen),
+        suffix_attention=suffix * (b * projections + 4 * width * pairs),
+        suffix_mlp=suffix * b * 12 * d * f,
+        head=head,
+        head_grad=head,
+        static_grad=suffix * 6 * b * d * f,
+        prime_weight_grad=suffix * 6 * b * d * f,
+        prime_input_grad=(suffix - 1) * 6 * b * d * f + 2 * b * d * f,
+        projections_grad=(suffix - 1) * b * projections,
+        core_grad=(suffix - 1) * 10 * width * pairs,
+    )
+
+
+def e2e_kept_activations(model: Model, mini_batch: int, *, dtype: str = "bf16") -> Fraction:
+    """Bytes per suffix layer, but the first, that the backward pass reads: input, middles and what three branches add,
+    normed rows of the prime MLP; queries, keys and values as they go into norms, rotation and core; gates and ups, and
+    the hidden rows of the prime MLP."""
+    q, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+    row = 7 * model.d_model + 3 * q + 4 * kv + 5 * e2e_mlp_width(model)
+    return mini_batch * row * element_bytes(dtype)

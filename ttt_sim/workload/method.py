@@ -28,7 +28,8 @@ class State:
     """What one sequence keeps between calls. The open chunk (carry) is taken at its largest, one token short.
 
     ``fast_weight_bytes``: all weights of its own, ``index_bytes``: what retrieval searches for it. ``far_bytes`` of all
-    this lie behind the main memory. ``shared_bytes``: what all sequences keep together, beside it.
+    this lie behind the main memory. ``shared_bytes``: what all sequences keep together, beside it. ``optimiser_bytes``:
+    moments that a step keeps for the next.
     """
 
     kv_bytes: int
@@ -37,10 +38,12 @@ class State:
     index_bytes: int = 0
     far_bytes: int = 0
     shared_bytes: int = 0
+    optimiser_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.kv_bytes + self.fast_weight_bytes + self.carry_bytes + self.index_bytes
+        parts = (self.kv_bytes, self.fast_weight_bytes, self.carry_bytes, self.index_bytes, self.optimiser_bytes)
+        return sum(parts)
 
 
 def _all_tokens(settings: MethodSettings, tokens: int) -> int:
@@ -73,6 +76,7 @@ class Method:
     and the steps that take a context in. ``batched`` False: every user has a model of its own, so users take turns
     instead of sharing steps.
     ``chunk_tokens(settings)``: decoding so many tokens has one step that costs more than the others; None without any.
+    ``uneven_tokens`` steps after that one differ from those that follow.
     ``options``: the class of ``MethodSettings.options``, a frozen dataclass with defaults. ``needs``: features of
     hardware beyond those of inference with a KV cache; ``caveat``: what published work says of its quality, with the
     source.
@@ -95,6 +99,7 @@ class Method:
     batched: bool = True
     options: type[Any] | None = None
     chunk_tokens: Callable[[MethodSettings], int | None] = _chunk_of_ttt
+    uneven_tokens: int = 1
     needs: tuple[str, ...] = ()
     caveat: str = ""
     step_call: Callable[[MethodSettings, int], Call] = _whole_context

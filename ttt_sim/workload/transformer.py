@@ -107,7 +107,7 @@ class Decoder:
     layers before which activations move to other chips; the number of layers stands for the head. ``trained``: weights
     that change (names without ``.weight``); ``own``: those of which every sequence has a copy; ``trains``: calls are
     steps of training, of which no KV cache is kept. ``shared_tokens``: so many first tokens are the same in all
-    sequences and run once.
+    sequences and run once. ``post_norms``: what a branch adds to the residual stream is normed before.
     """
 
     model: Model
@@ -123,6 +123,7 @@ class Decoder:
     trains: bool = False
     cache: Cache | None = None
     shared_tokens: int = 0
+    post_norms: bool = False
 
     @staticmethod
     def of(
@@ -151,11 +152,15 @@ class Decoder:
             elements *= length
         return tensor_bytes(elements, self.dtype)
 
-    def declare(self, builder: TraceBuilder, scenario: Scenario) -> None:
-        """Declare weights and KV state, the trained down projection also where a fast weight stands for it."""
+    def declare(self, builder: TraceBuilder, scenario: Scenario, longest: int) -> None:
+        """Declare weights and KV state, the trained down projection also where a fast weight stands for it.
+
+        ``longest``: most rows of a sequence that run at a time.
+        """
         model, d, f = self.model, self.model.d_model, self.model.d_ff
-        longest = max(call.tokens for call in scenario.calls)
         layer_weights = {"mlp_norm": (d,), "gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+        if self.post_norms:
+            layer_weights["mlp_post_norm"] = (d,)
         if self.mixer is None:
             layer_weights = attention_weights(model) | layer_weights
         shared = {"embedding": (model.vocab_size, d), "final_norm": (d,), "lm_head": (model.vocab_size, d)}
@@ -242,7 +247,7 @@ class Decoder:
 
     def emit_layer(self, s: Segment, other: OtherMlp | None, *, sends: bool = False) -> None:
         """F1 to F15 of one layer, with the plain MLP or ``other``; ``sends``: the next layer is on other chips."""
-        rows, d, f = self.batch * s.run.tokens, self.model.d_model, self.model.d_ff
+        rows, d = self.batch * s.run.tokens, self.model.d_model
         if self.mixer is None:
             emit_attention(
                 s, self.model, self.kv, self.batch, self.dtype, self.parallel, self.project, cached=not self.trains,
@@ -256,24 +261,37 @@ class Decoder:
             "mlp_norm", reads=[stream, ("mlp_norm.weight", self.size(d))], writes=[normed],
             dtype=self.dtype, m=rows, n=d,
         )  # fmt: skip
-        added: Sequence[Read]
-        if other is None:
-            self.emit_hidden(s, s.run.tokens, [normed])
-            down = s.buffer("mlp_out", (self.batch, s.run.tokens, d), self.dtype)
-            self.project(s, "down_proj", [("hidden", self.size(rows, f))], down, n=d, k=f)
-            added = [down]
-        else:
-            added = other.emit_layer(s)
+        added = self.emit_mlp(s) if other is None else other.emit_layer(s)
         shape = (self.batch, s.run.tokens, d)
         if self.parallel.tp > 1:
             total = s.buffer("mlp_summed", shape, self.dtype)
             self.emit_sum(s, added, total)
             added = [total]
+        if self.post_norms:
+            added = [self.emit_post_norm(s, "mlp", added)]
         output: Write = ("layer_output", self.size(rows, d))
         written = s.buffer("layer_sent", shape, self.dtype) if sends else output
         s.op("mlp_residual", reads=[stream, *added], writes=[written], dtype=self.dtype, m=rows, n=d)
         if sends:
             self.emit_send(s, written, output)
+
+    def emit_mlp(self, s: Segment) -> Sequence[Read]:
+        """F11 to F14, from ``mlp_normed``."""
+        rows, d, f = self.batch * s.run.tokens, self.model.d_model, self.model.d_ff
+        self.emit_hidden(s, s.run.tokens, [("mlp_normed", self.size(rows, d))])
+        down = s.buffer("mlp_out", (self.batch, s.run.tokens, d), self.dtype)
+        self.project(s, "down_proj", [("hidden", self.size(rows, f))], down, n=d, k=f)
+        return [down]
+
+    def emit_post_norm(self, s: Segment, branch: str, sources: Sequence[Read]) -> Write:
+        """E14: RMSNorm of what ``branch`` adds to the residual stream, which ``sources`` hold together."""
+        rows, d = self.batch * s.run.tokens, self.model.d_model
+        out = s.buffer(f"{branch}_post_normed", (self.batch, s.run.tokens, d), self.dtype)
+        s.op(
+            "post_norm", reads=[*sources, (f"{branch}_post_norm.weight", self.size(d))], writes=[out],
+            dtype=self.dtype, m=rows, n=d,
+        )  # fmt: skip
+        return out
 
     def emit_hidden(self, s: Segment, tokens: int, inputs: Sequence[Read], phase: Phase | None = None) -> None:
         """F11 to F13 on ``tokens`` rows of every sequence, which ``inputs`` hold together; writes ``hidden``."""
@@ -318,11 +336,15 @@ def decoder_trace(
     other: OtherMlp | None = None,
     learner: Learner | None = None,
     ahead: Ahead | None = None,
+    rows_of: Callable[[Run], Run] | None = None,
+    apart: Sequence[int] = (),
     meta: Mapping[str, object],
 ) -> Trace:
     """The trace of ``scenario``; layers that ``other`` names have its MLP, and ``learner`` learns after each call;
     ``ahead`` runs before the first.
 
+    ``rows_of``: the rows that the calls of a run take through the layers, if they are not the new ones; ``apart``:
+    layers that the decoder's mixer treats in another way than the rest.
     ``meta`` is kept, with ``batch``, ``dtype`` and ``calls`` ([position, tokens, logits] each) added.
     Raises :class:`ConfigError` for a dtype or cache that cannot be, :class:`WorkloadError` for a scenario too large to
     count in 64 bits.
@@ -331,32 +353,35 @@ def decoder_trace(
     check_dtype(decoder.dtype)
     _check_size(decoder.model, scenario)
     builder = TraceBuilder(decoder.model.n_layers)
-    decoder.declare(builder, scenario)
+    longest = max(call.tokens for call in scenario.calls)
+    keys = [part.shape_key for part in (other, learner, decoder.mixer) if part is not None]
+    if rows_of is not None:
+        longest = max(rows_of(run).tokens for run in _runs(scenario, keys))
+    decoder.declare(builder, scenario, longest)
     if other is not None:
         other.declare(builder)
     if learner is not None:
-        longest = max(call.tokens for call in scenario.calls)
         learner.declare(builder, (scenario.batch, longest, decoder.model.d_model))
     if ahead is not None:
         ahead.declare(builder)
-    special = tuple(other.layers) if other is not None else ()
+    special = tuple(other.layers if other is not None else apart)
     plain = tuple(layer for layer in range(decoder.model.n_layers) if layer not in special)
-    keys = [part.shape_key for part in (other, learner, decoder.mixer) if part is not None]
     if decoder.shared_tokens:
         scenario = replace(scenario, calls=tuple(_cut(scenario.calls, decoder.shared_tokens)))
         keys.append(lambda call: (int(call.position < decoder.shared_tokens),))
     everyone = decoder
     for run in _runs(scenario, keys):
         decoder = replace(everyone, batch=1) if int(run.positions[0]) < everyone.shared_tokens else everyone
-        start, end = Segment(builder, run, ()), Segment(builder, run, ())
-        before = Segment(builder, run, ())
+        rows = run if rows_of is None else rows_of(run)
+        phase = Phase.RECOMPUTE if rows.again else Phase.FORWARD
+        before, start, end = (Segment(builder, rows, (), phase) for _ in range(3))
         decoder.emit_start(start, ahead.emit(before) if ahead is not None and run.first_step == 0 else ())
         by_layer: dict[int, Segment] = {}
         for layers, mlp in ((plain, None), (special, other)):
             for sends in (False, True):
                 chosen = tuple(layer for layer in layers if (layer + 1 in decoder.stages) == sends)
                 if chosen:
-                    segment = Segment(builder, run, chosen)
+                    segment = Segment(builder, rows, chosen, phase)
                     decoder.emit_layer(segment, mlp, sends=sends)
                     by_layer |= dict.fromkeys(chosen, segment)
         decoder.emit_end(end)
