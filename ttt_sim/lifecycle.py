@@ -351,8 +351,12 @@ def _simulate(chip: Chip, trace: Trace, part: _Part, *, replaced_bytes: int = 0)
     return result
 
 
+#: How a reason begins that is lack of room on a chip.
+NO_ROOM = "weights, state and what is held beside need "
+
+
 def _too_much(needed: int, room: int) -> _DoesNotFit:
-    return _DoesNotFit(f"weights, state and what is held beside need {format_bytes(needed)} of {format_bytes(room)}")
+    return _DoesNotFit(f"{NO_ROOM}{format_bytes(needed)} of {format_bytes(room)}")
 
 
 #: Prefixes of what an operation keeps beside the state.

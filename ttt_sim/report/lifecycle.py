@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from ttt_sim.comparison import label_of
-from ttt_sim.lifecycle import LifecycleData
+from ttt_sim.lifecycle import NO_ROOM, LifecycleData
 from ttt_sim.report.console import hanging, printer
 from ttt_sim.report.data import plain, tokens_label
 from ttt_sim.report.figures import Rendered, render, write_table
@@ -107,11 +107,24 @@ def findings(data: LifecycleData) -> list[str]:
             f"{int(mark['simulated_tokens']):,} tokens of history (closed form {mark['closed_form_tokens']:,.1f}), and "
             f"takes no longer up to {int(time['simulated_tokens'].iloc[0]):,}."
         )
+    if "reject" in done:
+        draft, chunk, cost = data.settings.draft, data.settings.ttt.chunk_tokens, seconds("reject")
+        part = min(draft / chunk, 1.0)
+        out.append(
+            f"A draft of {draft} tokens completes a chunk in {three_digits(100 * part)} % of all cases; to reject it "
+            f"then takes {format_seconds(cost)}, {format_seconds(part * cost)} in the mean of all drafts."
+        )
     refused = data.operations[~data.operations["fits"].astype(bool)]
+    no_room: list[str] = []
     for column, start in (("missing", "Not on this chip"), ("reason", "Not simulated")):
         for why, rows in refused[refused[column] != ""].groupby(column, sort=False):
             names = ", ".join(short_name(str(name)) for name in rows["operation"])
-            out.append(f"{start}: {names} ({why}).")
+            if str(why).startswith(NO_ROOM):
+                no_room.append(f"{names} ({str(why).removeprefix(NO_ROOM)})")
+            else:
+                out.append(f"{start}: {names} ({why}).")
+    if no_room:
+        out.append(f"Do not fit beside weights and state: {', '.join(no_room)}.")
     return out
 
 
