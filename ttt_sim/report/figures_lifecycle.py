@@ -10,11 +10,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ttt_sim.lifecycle import LifecycleData, Subject
 from ttt_sim.report.data import FloatArray, numbers, tokens_label
-from ttt_sim.report.style import MUTED, Drawn, framed_figure, in_prefix, scale_for, top_legend
+from ttt_sim.report.style import MUTED, Drawn, framed_figure, in_prefix, log_axis, scale_for, top_legend
 from ttt_sim.units import format_si
 from ttt_sim.workload.lifecycle import FORMS, Form
 
@@ -122,7 +122,7 @@ def _forms(ax: Axes, data: LifecycleData) -> None:
         ax.text(0.5, 0.5, "not on this chip", transform=ax.transAxes, ha="center", color=MUTED)
         return
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
+    log_axis(ax, every / scale.size)
     for form in FORMS:
         rows = table[(table["form"] == form) & (table["history_tokens"] > 0)]
         _, color, dash = FORM_STYLES[form]
@@ -141,6 +141,3 @@ def _forms(ax: Axes, data: LifecycleData) -> None:
             fontsize=7.5, color=MUTED,
         )  # fmt: skip
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens_label(round(value))))
-    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
