@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_said_in_bytes() -> None:
     times = StepTimes(machine=machine, longest=262_000)
     room_on(times, longest_prompt=1000, most_sequences=1, page_tokens=16)
     big = machine_of("npu_xdna2", "Qwen3-14B", "kv")
-    with pytest.raises(CapacityError, match=r"weights of .*, one sequence of 262000 tokens with .* do not fit the "):
+    with pytest.raises(CapacityError, match=r"weights of .* and one sequence of 262000 tokens with .* do not fit the "):
         room_on(StepTimes(machine=big, longest=262_000), longest_prompt=1000, most_sequences=1, page_tokens=16)
 
 

@@ -77,7 +77,7 @@ def cell(record: Mapping[str, Any], column: Column) -> str:
 
 def findings(run: Run) -> list[str]:
     """What the numbers say; first of all whether the chip keeps up."""
-    out = [sentence for method in served(run) for sentence in _load(run, method)]
+    out = sorted((_load(run, method) for method in served(run)), key=lambda said: not said.startswith("Warning"))
     out += [
         f"{style_of(run, str(row['method'])).title} is not served: {row['reason']}."
         for row in run.records.to_dict("records")
@@ -89,19 +89,19 @@ def findings(run: Run) -> list[str]:
     return out
 
 
-def _load(run: Run, method: str) -> list[str]:
+def _load(run: Run, method: str) -> str:
     record, title = run.record(method), style_of(run, method).title
     rate, batch = _number(record, "sustainable_per_s"), int(_number(record, "full_batch"))
     what = f"{three_digits(rate)} requests/s can be sustained, {batch:,} sequences at once"
     if record["sustained"]:
-        return [f"{title}: {what}; the stream loads it to {100 * _number(record, 'load_frac'):.0f} %."]
+        return f"{title}: {what}; the stream loads it to {100 * _number(record, 'load_frac'):.0f} %."
     offered = run.offered_per_s
     if offered is None:
-        return [f"{title}: {what}; all requests come at once, and their latencies are those of a backlog."]
-    return [
+        return f"{title}: {what}; all requests come at once, and their latencies are those of a backlog."
+    return (
         f"Warning: {title} does not keep up with {three_digits(offered)} requests/s. No more than {what}; a backlog "
         "grows, and latencies are as long as the stream."
-    ]
+    )
 
 
 def _premium(run: Run, method: str) -> list[str]:
@@ -138,12 +138,15 @@ def _swaps(run: Run, method: str) -> list[str]:
     out = []
     if swaps:
         share = three_digits(100 * _number(record, "swap_frac"))
-        out.append(f"{title} sent a sequence to the host {swaps:,} times, which took {share} % of the time.")
+        out.append(
+            f"{title} ran out of memory: sequences that were sent away and came back: {swaps:,}, in {share} % of the "
+            "time."
+        )
     if recomputes:
         tokens = int(_number(record, "recomputed_tokens"))
         out.append(
-            f"{title} ran out of memory: {recomputes:,} times a sequence was forgotten and computed again, {tokens:,} "
-            "tokens in all."
+            f"{title} ran out of memory: sequences that were forgotten and computed again: {recomputes:,}, with "
+            f"{tokens:,} tokens."
         )
     return out
 

@@ -72,10 +72,7 @@ class Machine:
     @property
     def chunk_tokens(self) -> int | None:
         """Tokens after which a sequence updates its weights; None without."""
-        if self.method.ttt is not None:
-            return self.method.ttt.chunk_tokens
-        chunk = getattr(self.method.options, "chunk_tokens", None)
-        return chunk if isinstance(chunk, int) else None
+        return find_method(self.method.name).chunk_tokens(self.method)
 
     @property
     def window_tokens(self) -> int | None:
@@ -141,10 +138,9 @@ def check_served(model: Model, method: MethodSettings, dtype: str) -> None:
         raise ConfigError(
             f"method {method.name} is not served: the server gives every sequence a state of its own in main memory"
         )
-    if method.ttt is not None and method.ttt.chunk_tokens < LEAST_CHUNK_TOKENS:
-        raise ConfigError(
-            f"chunk: {method.ttt.chunk_tokens} is less than {LEAST_CHUNK_TOKENS} tokens, the shortest that is served"
-        )
+    chunk = found.chunk_tokens(method)
+    if chunk is not None and chunk < LEAST_CHUNK_TOKENS:
+        raise ConfigError(f"chunk: {chunk} is less than {LEAST_CHUNK_TOKENS} tokens, the shortest that is served")
 
 
 def batch_between(n: int) -> tuple[int, int]:
@@ -401,9 +397,10 @@ def room_on(times: StepTimes, *, longest_prompt: int, most_sequences: int, page_
     pages = ceil_div(longest, page_tokens)
     if weights + one + activations > capacity:
         chips = f"each of {machine.parallel.chips} chips" if machine.parallel.chips > 1 else "the chip"
+        beside = f" and activations of {format_bytes(activations)}" if activations else ""
         raise CapacityError(
-            f"weights of {format_bytes(weights)}, one sequence of {longest} tokens with {format_bytes(one)} and "
-            f"activations of {format_bytes(activations)} do not fit the {format_bytes(capacity)} of {chips}"
+            f"weights of {format_bytes(weights)} and one sequence of {longest} tokens with {format_bytes(one)}{beside} "
+            f"do not fit the {format_bytes(capacity)} of {chips}"
         )
     sizes = [0] + [machine.state_bytes(min(page * page_tokens, longest)) for page in range(1, pages + 1)]
     return Room(
