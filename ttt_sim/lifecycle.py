@@ -416,7 +416,7 @@ def _cost(result: Result) -> _Cost:
 _SUMS = ("read_bytes", "write_bytes", "outside_bytes", "held_bytes", "flops", "lane_ops")
 
 
-def _row(settings: Lifecycle, name: str) -> dict[str, object]:
+def operation(settings: Lifecycle, name: str) -> dict[str, object]:
     """The record of one operation, without its share of a chunk."""
     op = OPERATIONS[name]
     row: dict[str, object] = dict.fromkeys(COLUMNS) | {
@@ -610,7 +610,7 @@ class LifecycleData:
 def _job(name: str, *, settings: Lifecycle) -> object:
     if name == "step":
         return dict(simulate_point(settings.decode_point()).record)
-    return _form_rows(settings) if name == "forms" else _row(settings, name)
+    return _form_rows(settings) if name == "forms" else operation(settings, name)
 
 
 def run_lifecycle(settings: Lifecycle, *, progress: Progress | None = None) -> LifecycleData:
