@@ -1,5 +1,6 @@
 """A whole run against hand counts: latencies, percentiles, rates, money, systems of chips."""
 
+import argparse
 import dataclasses
 import re
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from tests.unit.serving_tools import FixedTimes, lockstep_seconds, request, served_by
 from tests.unit.test_docs import names, table
+from ttt_sim.cli import _parser
 from ttt_sim.config import load_chip
 from ttt_sim.errors import ConfigError
 from ttt_sim.model import Call, Scenario
@@ -238,6 +240,17 @@ def test_fixed_times_make_a_record(capsys: pytest.CaptureFixture[str], run: Run)
 # --- documentation ----------------------------------------------------------------------------------------------------
 
 DOCUMENT = "docs/serving.md"
+
+
+def test_options_are_documented() -> None:
+    (subparsers,) = (a.choices for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    options, shared = (
+        {option for action in subparsers[name]._actions for option in action.option_strings if action.dest != "help"}
+        for name in ("serve", "approaches")
+    )
+    documented = names(table(DOCUMENT, "Requests", "Option"))
+    assert set(documented) <= options
+    assert options - shared <= set(documented)
 
 
 def test_columns_are_documented() -> None:

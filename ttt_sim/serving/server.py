@@ -40,8 +40,8 @@ class Times(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swap:
-    """The way to the host: ``seconds_per_byte`` of each chip's own link. ``capacity`` in bytes of one chip's part, None
-    for a host that holds everything. ``pj_per_byte`` of all chips, for a byte on each."""
+    """The way out of the main memory, each chip over a link of its own. ``capacity`` in bytes for one chip, None for a
+    host that holds everything. ``pj_per_byte`` of all chips together, for a byte of each."""
 
     ps_per_byte: float
     latency_ps: int
