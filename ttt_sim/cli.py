@@ -171,6 +171,11 @@ def _parser() -> argparse.ArgumentParser:
     lifecycle.add_argument(
         "--draft", type=int, default=8, metavar="TOKENS", help="tokens of a rejected draft (default: %(default)s)"
     )
+    lifecycle.add_argument(
+        "--chips", type=int, metavar="N", help="chips that work together (default: as few as hold the sequences)"
+    )
+    lifecycle.add_argument("--tp", type=int, metavar="N", help="chips that share every layer")
+    lifecycle.add_argument("--pp", type=int, metavar="N", help="pipeline stages")
     lifecycle.add_argument("--hash", default="blake3", help="of the audit trail: blake3 (default) or xxh3")
     lifecycle.add_argument("--out", metavar="DIR", help="folder of the report (default: reports/<chip>-lifecycle)")
     lifecycle.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
@@ -546,11 +551,15 @@ def _lifecycle(args: argparse.Namespace) -> int:
     dtype = _check_workload(args, model, [args.method], window, ttt, chip)
     workers = None if args.workers is None else _at_least("--workers", args.workers, 1)
     call_tokens = _tokens("--call", args.call)
+    from ttt_sim.system import arrange
+
+    sizes = {name: getattr(args, name) for name in ("chips", "tp", "pp")}
     try:
+        parallel = arrange(model, **sizes) if any(size is not None for size in sizes.values()) else None
         settings = Lifecycle(
             chip=chip, model=model, method=args.method, ttt=ttt, window=window, context=contexts[0], batch=args.batch,
             dtype=dtype, kv_dtype=args.kv_dtype, beams=args.beams, draft=args.draft, hash_function=args.hash,
-            call_tokens=call_tokens, workers=workers,
+            call_tokens=call_tokens, workers=workers, parallel=parallel,
         )  # fmt: skip
     except ConfigError as error:
         raise ConfigError(f"--{error}") from None
