@@ -48,7 +48,7 @@ class Approaches:
 
     ``batch`` users decode at once, or in turns where each has a model of its own; adaptation and question are those of
     one user. ``options`` of methods, by name.
-    ``dtype`` None: that which the chip prefers.
+    ``dtype`` None: that which the chip prefers; ``window`` None: that of each method.
     """
 
     chip: Chip
@@ -59,7 +59,7 @@ class Approaches:
     answer: int
     batch: int
     ttt: TTTSettings
-    window: int
+    window: int | None
     dtype: str | None
     kv_dtype: str | None
     call_tokens: int

@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
     approaches = command("approaches", "set every way to adapt a model to a context against the others, on one chip")
     approaches.add_argument("chip", metavar="CHIP", help="chip file, or the name of a built-in one")
-    _workload_options(approaches)
+    _workload_options(approaches, window=None)
     approaches.add_argument("--method", metavar="LIST", help="methods to compare (default: all that can be asked)")
     approaches.add_argument("--context", default="128k", metavar="TOKENS", help="of a user (default: %(default)s)")
     approaches.add_argument("--question", default="128", metavar="TOKENS", help="of a user (default: %(default)s)")
@@ -325,7 +325,7 @@ def _workload_options(
     parser: argparse.ArgumentParser,
     *,
     model: str = DEFAULT_MODEL,
-    window: str = DEFAULT_WINDOW,
+    window: str | None = DEFAULT_WINDOW,
     call: str = "8k",
     ttt: str = "default",
 ) -> None:
@@ -336,7 +336,10 @@ def _workload_options(
         "--chunk", metavar="TOKENS", help="tokens per weight update (default: that of the TTT settings)"
     )
     parser.add_argument(
-        "--window", default=window, metavar="TOKENS", help="window of windowed methods (default: %(default)s)"
+        "--window",
+        default=window,
+        metavar="TOKENS",
+        help=f"window of windowed methods (default: {window or 'that of the method'})",
     )
     parser.add_argument("--dtype", help="operands and activations (default: bf16, or the chip's widest)")
     parser.add_argument("--kv-dtype", metavar="DTYPE", help="stored keys and values (default: that of the method)")
@@ -497,7 +500,7 @@ def _approaches(args: argparse.Namespace) -> int:
         methods = methods_of(None if args.method is None else _words("--method", args.method))
     except ConfigError as error:
         raise ConfigError(f"--method: {error}") from None
-    window = _tokens("--window", args.window)
+    window = None if args.window is None else _tokens("--window", args.window)
     contexts = _token_list("--context", args.context)
     if len(contexts) > 1:
         raise ConfigError(f"--context: approaches are compared at one value, and {len(contexts)} are given")
@@ -861,7 +864,7 @@ def _check_workload(
     args: argparse.Namespace,
     model: Model,
     methods: Sequence[str],
-    window: int,
+    window: int | None,
     ttt: TTTSettings,
     chip: Chip,
     *,

@@ -29,7 +29,7 @@ def test_writes_a_report(tmp_path: Path) -> None:
     done = ttt_sim(*SMALL, "--option", "fine_tuning.epochs=2", "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Fastest decode step" in done.stdout
-    assert "fine tuning" in done.stdout
+    assert "fine-tuning" in done.stdout
     folder = tmp_path / "out"
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert {row["method"] for row in summary["rows"]} >= {"kv", "ttt_window", "fine_tuning"}

@@ -17,6 +17,7 @@ from ttt_sim.grid import make_point
 from ttt_sim.model_config import load_model, load_ttt
 from ttt_sim.report.approaches import findings
 from ttt_sim.report.figures_approaches import FAMILIES, FIGURES
+from ttt_sim.report.names import short_title
 from ttt_sim.simulation import simulate_point
 from ttt_sim.workload import METHODS, state_of_context
 from ttt_sim.workload.method import PHASE_NAMES
@@ -98,7 +99,7 @@ def test_what_a_chip_cannot_do_is_a_row_that_says_why() -> None:
     found = row(result, "fine_tuning")
     assert "local rules only" in found["why"]
     assert pd.isna(found["answer_seconds"])
-    assert any("Not on this chip as a whole: fine tuning" in sentence for sentence in findings(result))
+    assert any("Not on this chip as a whole: fine-tuning" in sentence for sentence in findings(result))
     for figure in FIGURES.values():
         assert len(figure(result).table) in (2, 3)
 
@@ -106,7 +107,7 @@ def test_what_a_chip_cannot_do_is_a_row_that_says_why() -> None:
 def test_findings_name_the_extremes(data: Approached) -> None:
     least = data.table.sort_values("step_seconds").iloc[0]["method"]
     sentence = next(text for text in findings(data) if text.startswith("Fastest decode step"))
-    assert {"kv": "KV cache", "ttt_window": "TTT + window", "fine_tuning": "fine tuning"}[least] in sentence
+    assert {"kv": "KV cache", "ttt_window": "TTT + window", "fine_tuning": "fine-tuning"}[least] in sentence
     assert list(data.table.columns) == list(COLUMNS)
 
 
@@ -115,6 +116,7 @@ def test_every_method_has_what_the_table_says_of_it() -> None:
         assert method.name == name
         assert method.family in FAMILIES
         assert method.caveat, name
+        assert short_title(name) != name.replace("_", " ") or name == "lora", name
         assert set(method.phases) <= set(PHASE_NAMES)
         assert method.adapts in method.phases
         assert method.family == "cache" or method.needs, name

@@ -20,10 +20,10 @@ from ttt_sim.parallel import run_all
 from ttt_sim.report.console import hanging, printer
 from ttt_sim.report.data import plain, whole_numbers
 from ttt_sim.report.figures import Rendered, render, write_table
-from ttt_sim.report.figures_approaches import FIGURES, context_line, short_title
+from ttt_sim.report.figures_approaches import FIGURES, context_line
 from ttt_sim.report.folder import replaced_folder, write_summary
 from ttt_sim.report.markdown import figure_lines, table_row
-from ttt_sim.report.names import three_digits
+from ttt_sim.report.names import short_title, three_digits
 from ttt_sim.units import format_bytes, format_seconds, format_si
 
 TITLE = "Ways to adapt"
@@ -155,7 +155,7 @@ def write_approached(data: Approached, out: Path, *, command: str, version: str,
         "ttt_sim_version": version, "command": command, "chip": label_of(s.chip),
         "chip_file_sha256": s.chip.file_sha256,
         "model": s.model.name, "context_tokens": s.context, "question_tokens": s.question, "answer_tokens": s.answer,
-        "batch": s.batch, "window_tokens": s.window, "dtype": s.dtype or s.chip.default_dtype,
+        "batch": s.batch, "window_tokens": s.window or "that of the method", "dtype": s.dtype or s.chip.default_dtype,
         "kv_dtype": s.kv_dtype or "that of the method", "call_tokens": s.call_tokens, "methods": list(s.methods),
         "ttt": plain(asdict(s.ttt)), "options": {name: dict(values) for name, values in s.options.items()},
     }  # fmt: skip

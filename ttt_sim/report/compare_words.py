@@ -13,7 +13,7 @@ import pandas as pd
 from ttt_sim.comparison import UNLINKED, Compared
 from ttt_sim.crossover import BASELINE
 from ttt_sim.report.data import FloatArray, numbers, select, tokens_label
-from ttt_sim.report.names import METHOD_STYLES, three_digits, with_window
+from ttt_sim.report.names import METHOD_STYLES, style_of_method, three_digits
 from ttt_sim.units import format_seconds, format_si
 
 DAGGER = "†"
@@ -65,11 +65,12 @@ TERMS: tuple[tuple[str, str], ...] = (
 
 def method_names(data: Compared) -> list[str]:
     """Methods in the order of figures and tables."""
-    return [name for name in METHOD_STYLES if name in data.settings.methods]
+    methods = data.settings.methods
+    return [*(name for name in METHOD_STYLES if name in methods), *(m for m in methods if m not in METHOD_STYLES)]
 
 
 def method_title_of(data: Compared, method: str) -> str:
-    return with_window(METHOD_STYLES[method], data.window_tokens(method)).title
+    return style_of_method(method, data.settings.methods, data.window_tokens(method)).title
 
 
 def with_fast_weights(data: Compared) -> list[str]:

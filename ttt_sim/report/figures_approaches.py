@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ttt_sim.approaches import Approached
 from ttt_sim.report.data import numbers, tokens_label
-from ttt_sim.report.names import METHOD_STYLES, three_digits
+from ttt_sim.report.names import short_title, three_digits
 from ttt_sim.report.style import MUTED, Drawn, framed_figure, in_prefix, scale_for, top_legend
 from ttt_sim.workload import METHODS
 from ttt_sim.workload.method import Family
@@ -61,11 +61,6 @@ def context_line(data: Approached) -> str:
         f"{s.model.name} on {s.chip.title}, context {tokens_label(s.context)}, question {s.question}, "
         f"answer {s.answer} tokens, {users}"
     )
-
-
-def short_title(method: str) -> str:
-    """Name of a method where room is scarce."""
-    return METHOD_STYLES[method].title if method in METHOD_STYLES else method.replace("_", " ")
 
 
 def costs(data: Approached) -> Drawn:

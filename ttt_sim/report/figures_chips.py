@@ -33,7 +33,7 @@ from ttt_sim.report.compare_words import (
     with_fast_weights,
 )
 from ttt_sim.report.data import FloatArray, numbers, select
-from ttt_sim.report.names import METHOD_STYLES, MethodStyle, with_window
+from ttt_sim.report.names import MethodStyle, style_of_method
 from ttt_sim.report.style import (
     INK,
     MUTED,
@@ -79,7 +79,7 @@ _BARS_NOTE = "Bars: 80 % intervals."
 
 
 def style_of(data: Compared, method: str) -> MethodStyle:
-    return with_window(METHOD_STYLES[method], data.window_tokens(method))
+    return style_of_method(method, data.settings.methods, data.window_tokens(method))
 
 
 # --- dot plots --------------------------------------------------------------------------------------------------------

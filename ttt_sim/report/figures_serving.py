@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ttt_sim.report.data import QUALITY_CAVEAT
-from ttt_sim.report.names import METHOD_STYLES, OTHER_STYLES, MethodStyle, with_window
+from ttt_sim.report.names import MethodStyle, style_of_method
 from ttt_sim.report.style import MUTED, Drawn, framed_figure, in_prefix, log_axis, scale_for, top_legend
 from ttt_sim.serving.records import PERCENTILES
 from ttt_sim.serving.serve import Run
@@ -38,12 +38,7 @@ def served(run: Run) -> list[str]:
 
 def style_of(run: Run, method: str) -> MethodStyle:
     """Look of a method; its window is part of the title."""
-    known = METHOD_STYLES.get(method)
-    if known is None:
-        others = [name for name in run.settings.methods if name not in METHOD_STYLES]
-        color, marker = OTHER_STYLES[others.index(method) % len(OTHER_STYLES)]
-        known = MethodStyle(method.replace("_", " "), color, marker, "-")
-    return with_window(known, run.settings.settings(method).kv.window_tokens)
+    return style_of_method(method, run.settings.methods, run.settings.settings(method).kv.window_tokens)
 
 
 def mixes_quality(run: Run) -> bool:

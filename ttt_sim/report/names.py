@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from ttt_sim.report.data import ReportData, tokens_label
@@ -24,7 +24,14 @@ METHOD_STYLES: Mapping[str, MethodStyle] = {
     "ttt": MethodStyle("TTT + full attention", "#D55E00", "s", "-"),
     "ttt_window": MethodStyle("TTT + window", "#E69F00", "^", "--"),
 }
-OTHER_STYLES: tuple[tuple[str, str], ...] = (("#CC79A7", "P"), ("#000000", "X"), ("#999933", "h"), ("#882255", "*"))
+_OTHER_STYLES: tuple[tuple[str, str], ...] = (("#CC79A7", "P"), ("#000000", "X"), ("#999933", "h"), ("#882255", "*"))
+
+_OTHER_TITLES: Mapping[str, str] = {
+    "fine_tuning": "fine-tuning", "lora": "LoRA", "lora_ttt": "LoRA at test time", "q_ttt": "query-only TTT",
+    "ttt_outer": "outer training", "ttt_e2e": "TTT-E2E", "kv_paged": "KV paged", "kv_prefix": "KV shared prefix",
+    "kv_offload": "KV offloaded", "kv_mla": "KV latent (MLA)", "gated_deltanet": "Gated DeltaNet", "mamba2": "Mamba2",
+    "ttt_linear": "TTT-Linear", "ttt_mlp": "TTT-MLP", "lact": "LaCT", "titans": "Titans", "rag": "retrieval",
+}  # fmt: skip
 
 #: Groups of kernels: title, colour, the op kinds that put a kernel into it. The first group with a match wins.
 KERNEL_GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -62,14 +69,26 @@ CLASS_STYLES: Mapping[str, tuple[str, str]] = {
 }
 
 
-def method_style(data: ReportData, method: str) -> MethodStyle:
-    """Look of a method; its window is part of the title."""
+def style_of_method(method: str, shown: Sequence[str], window_tokens: int | None) -> MethodStyle:
+    """Look of one of the ``shown`` methods; its window is part of the title."""
     known = METHOD_STYLES.get(method)
     if known is None:
-        others = [m for m in data.methods if m not in METHOD_STYLES]
-        color, marker = OTHER_STYLES[others.index(method) % len(OTHER_STYLES)]
-        known = MethodStyle(method, color, marker, "-")
-    return with_window(known, data.window_tokens(method))
+        others = [name for name in shown if name not in METHOD_STYLES]
+        color, marker = _OTHER_STYLES[others.index(method) % len(_OTHER_STYLES)]
+        known = MethodStyle(short_title(method), color, marker, "-")
+    return with_window(known, window_tokens)
+
+
+def short_title(method: str) -> str:
+    """Name of a method where room is scarce; of one that is not known, the name itself."""
+    if method in METHOD_STYLES:
+        return METHOD_STYLES[method].title
+    return _OTHER_TITLES.get(method, method.replace("_", " "))
+
+
+def method_style(data: ReportData, method: str) -> MethodStyle:
+    """Look of a method in a report of ``run``."""
+    return style_of_method(method, data.methods, data.window_tokens(method))
 
 
 def with_window(style: MethodStyle, window_tokens: int | None) -> MethodStyle:
