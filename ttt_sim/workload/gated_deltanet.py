@@ -134,7 +134,7 @@ def state(model: Model, settings: MethodSettings, tokens: int, dtype: str) -> St
 
 GATED_DELTANET = Method(
     name="gated_deltanet", title="Gated DeltaNet", settings=settings_with("gated_deltanet", GatedDeltaNetOptions()),
-    trace=trace, state=state, options=GatedDeltaNetOptions,
+    trace=trace, state=state, family="state", options=GatedDeltaNetOptions,
     needs=("a state rewritten at every token", "chains of dependent products"),
     caveat="A state of fixed size forgets: exact recall falls with the number of facts to keep (arXiv 2402.18668).",
 )  # fmt: skip

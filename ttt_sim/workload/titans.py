@@ -143,7 +143,7 @@ def state(model: Model, settings: MethodSettings, tokens: int, dtype: str) -> St
 
 TITANS = Method(
     name="titans", title="Titans: neural memory", settings=settings_with("titans", TitansOptions()), trace=trace,
-    state=state, options=TitansOptions,
+    state=state, family="state", options=TitansOptions,
     needs=(
         "weights and momentum rewritten every chunk", "gradients through a hidden layer", "chains of small products",
     ),
