@@ -176,7 +176,7 @@ def test_memory_bounds_the_batch_and_is_never_exceeded() -> None:
 
 
 def test_ways_to_a_host() -> None:
-    assert swap_of(load_chip("h100"), 1) is None
+    assert swap_of(load_chip("tiny_gpu"), 1) is None
     host = swap_of(load_chip("groq_lpu"), 4)
     assert host is not None
     assert host.capacity is None
