@@ -294,8 +294,8 @@ def _settings(window_tokens: int | None, kv_dtype: str | None, ttt: TTTSettings 
 
 
 LACT = Method(
-    name="lact", title="LaCT: large chunks over windowed attention", settings=_settings, trace=trace, state=state, family="state",
-    options=LactOptions, chunk_tokens=chunk_tokens,
+    name="lact", title="LaCT: large chunks over windowed attention", settings=_settings, trace=trace, state=state,
+    family="state", options=LactOptions, chunk_tokens=chunk_tokens,
     needs=("fast weights per sequence", "gradients through a hidden layer", "attention over a window"),
     caveat="Published up to 3 B parameters and 32K tokens of context in language (arXiv 2505.23884).",
 )  # fmt: skip

@@ -176,7 +176,7 @@ def state(model: Model, settings: MethodSettings, tokens: int, dtype: str) -> St
 
 
 MAMBA2 = Method(
-    name="mamba2", title="Mamba2", settings=settings_with("mamba2", Mamba2Options()), trace=trace, state=state, family="state",
-    options=Mamba2Options, needs=("a state rewritten at every token",),
+    name="mamba2", title="Mamba2", settings=settings_with("mamba2", Mamba2Options()), trace=trace, state=state,
+    family="state", options=Mamba2Options, needs=("a state rewritten at every token",),
     caveat="A state of fixed size forgets: recurrent models copy and recall worse than attention (arXiv 2402.01032).",
 )  # fmt: skip

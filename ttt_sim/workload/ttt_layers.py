@@ -155,8 +155,8 @@ def _method(name: str, title: str, inner: Inner, needs: tuple[str, ...], caveat:
         return State(kv_bytes=0, fast_weight_bytes=weights, carry_bytes=weights + rows)
 
     return Method(
-        name=name, title=title, settings=settings_with(name, TTTLayerOptions()), trace=trace, state=state, family="state",
-        options=TTTLayerOptions, needs=needs, caveat=caveat,
+        name=name, title=title, settings=settings_with(name, TTTLayerOptions()), trace=trace, state=state,
+        family="state", options=TTTLayerOptions, needs=needs, caveat=caveat,
     )  # fmt: skip
 
 
