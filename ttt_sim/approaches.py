@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 #: Most chips that a step of training is spread over to find room for it.
 MOST_TRAINING_CHIPS = 64
 
+#: Prefill calls where the memory has no room for the activations of the usual ones.
+SHORTER_CALLS = (1024, 256)
+
 #: Columns of the table, one row per method. Adaptation is that of one user; decode is of the whole batch.
 COLUMNS: tuple[str, ...] = (
     "method", "title", "adapts", "why", "needs", "caveat", "chips", "tp", "pp", "adapt_chips",
     "state_bytes", "state_kv_bytes", "state_fast_weight_bytes", "state_carry_bytes", "state_index_bytes",
-    "adapt_steps", "adapt_seconds", "adapt_seconds_low", "adapt_seconds_high", "adapt_energy_j", "adapt_usd",
-    "adapt_bound_by", "adapt_why",
+    "adapt_steps", "adapt_call_tokens", "adapt_seconds", "adapt_seconds_low", "adapt_seconds_high", "adapt_energy_j",
+    "adapt_usd", "adapt_bound_by", "adapt_why",
     "ask_seconds", "ask_seconds_low", "ask_seconds_high", "ask_energy_j", "ask_bound_by", "ask_why",
     "step_seconds", "step_seconds_low", "step_seconds_high", "tokens_per_s", "energy_j_per_token",
     "cost_usd_per_million_tokens", "bound_by", "decode_why", "boundary_added_seconds", "unmeasured_share",
@@ -66,22 +69,45 @@ class Approaches:
     options: Mapping[str, Mapping[str, str]]
     workers: int | None
 
-    def point(self, method: str, phase: PhaseName, *, batch: int = 1, tp: int | None = None) -> Point:
-        """A point on ``tp`` chips; by default on the least number that holds the model and the whole batch."""
+    def point(
+        self, method: str, phase: PhaseName, *, batch: int = 1, tp: int | None = None, call: int | None = None,
+        room_for: int | None = None,
+    ) -> Point:  # fmt: skip
+        """A point on ``tp`` chips; by default on the least number that holds the model and ``room_for`` sequences,
+        those of the batch unless said. ``call``: tokens of a prefill call, if not the usual ones."""
         point = make_point(
             self.chip, self.model, method, phase=phase, context=self.context, batch=batch, window=self.window,
             ttt=self.ttt, kv_dtype=self.kv_dtype, dtype=self.dtype or self.chip.default_dtype,
-            call_tokens=self.call_tokens, question=self.question, options=self.options.get(method),
+            call_tokens=call or self.call_tokens, question=self.question, options=self.options.get(method),
             parallel=ONE_CHIP if tp is None else Parallel(tp=tp),
         )  # fmt: skip
         if tp is not None:
             return point
-        held = find_method(method).held_tokens(point.method, self.context) + self.question + self.answer
+        found = find_method(method)
+        tokens = self.context if found.adapts == "index" else found.held_tokens(point.method, self.context)
         least = least_system(
-            self.chip, self.model, [point.method], context_tokens=held, batch=batch,
-            rows=rows_at_once(point), dtype=point.dtype,
+            self.chip, self.model, [point.method], context_tokens=tokens + self.question + self.answer,
+            batch=room_for or batch, rows=rows_at_once(point), dtype=point.dtype,
         )  # fmt: skip
         return replace(point, parallel=least or ONE_CHIP)
+
+    def fitting(self, method: str, phase: PhaseName, *, batch: int = 1) -> tuple[Point, Mapping[str, object]]:
+        """The point and its record on the first system that holds it: where the usual one does not, with shorter
+        prefill calls, or with room for more sequences than there are, as activations of some methods need more than
+        :func:`ttt_sim.system.least_system` leaves for them."""
+        long = phase in ("prefill", "index")
+        calls = [self.call_tokens, *(call for call in SHORTER_CALLS if long and call < self.call_tokens)]
+        tried: dict[tuple[int, Parallel], tuple[Point, Mapping[str, object]]] = {}
+        for call in calls:
+            for room_for in (batch, batch + batch // 4 + 1, 2 * batch + 1):
+                point = self.point(method, phase, batch=batch, call=call, room_for=room_for)
+                if (call, point.parallel) in tried:
+                    continue
+                record = record_or_reason(point)
+                tried[call, point.parallel] = point, record
+                if record["fits"] or record.get("missing"):
+                    return point, record
+        return next(iter(tried.values()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +128,8 @@ class _Job:
             if phase not in method.phases:
                 return {"fits": False, "reason": "", "missing": f"{method.title} has no phase {phase}"}
             batch = 1 if phase == "ask" or not method.batched else self.settings.batch
-            point = self.settings.point(self.method, phase, batch=batch)
-            return {**record_or_reason(point), **_held(point), "steps": 1}
+            point, record = self.settings.fitting(self.method, phase, batch=batch)
+            return {**record, **_held(point), "steps": 1}
         except (ConfigError, WorkloadError) as error:
             return {"fits": False, "reason": "", "missing": str(error)}
 
@@ -116,8 +142,7 @@ def _adaptation(settings: Approaches, method: Method) -> Mapping[str, object]:
     """The record of taking the context in: of one step where that is training, on as few chips as hold it; of all steps
     and what comes before them where training follows another phase."""
     if "train" not in method.phases:
-        point = settings.point(method.name, method.adapts)
-        return {**record_or_reason(point), "steps": 1}
+        return {**settings.fitting(method.name, method.adapts)[1], "steps": 1}
     record: Mapping[str, object] = {}
     for tp in tensor_parallel_sizes(settings.model):
         if tp > MOST_TRAINING_CHIPS:
@@ -211,6 +236,7 @@ def _row(settings: Approaches, name: str, adapt: Record, ask: Record, decode: Re
         "method": name, "title": method.title, "adapts": method.adapts, "needs": "; ".join(method.needs),
         "caveat": method.caveat, "chips": decode.get("chips"), "tp": decode.get("tp"), "pp": decode.get("pp"),
         "adapt_chips": adapt.get("chips"), "adapt_steps": adapt.get("steps"),
+        "adapt_call_tokens": adapt.get("call_tokens"),
         "adapt_why": why(adapt, chip), "ask_why": why(ask, chip), "decode_why": why(decode, chip),
         "users": decode.get("users"),
     }  # fmt: skip

@@ -99,9 +99,22 @@ def test_what_a_chip_cannot_do_is_a_row_that_says_why() -> None:
     found = row(result, "fine_tuning")
     assert "local rules only" in found["why"]
     assert pd.isna(found["answer_seconds"])
-    assert any("Not on this chip as a whole: fine-tuning" in sentence for sentence in findings(result))
+    assert any("Not on this chip, as a whole or in part: fine-tuning" in sentence for sentence in findings(result))
     for figure in FIGURES.values():
         assert len(figure(result).table) in (2, 3)
+
+
+def test_small_memories_take_shorter_calls_and_more_chips() -> None:
+    small = replace(
+        SETTINGS, chip=load_chip("groq_lpu"), model=load_model("Qwen3-4B"), methods=("kv_window", "lora"), batch=8,
+        options={},
+    )  # fmt: skip
+    result = approach(small)
+    window, lora = row(result, "kv_window"), row(result, "lora")
+    assert window["adapt_call_tokens"] < SETTINGS.call_tokens
+    assert window["adapt_seconds"] > 0
+    assert lora["step_seconds"] > 0
+    assert lora["chips"] > small.point("lora", "decode", batch=8).parallel.chips  # what the rule of thumb asks for
 
 
 def test_findings_name_the_extremes(data: Approached) -> None:

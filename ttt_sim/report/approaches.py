@@ -86,10 +86,15 @@ def findings(data: Approached) -> list[str]:
             "Jitter: a step that completes a chunk takes up to "
             f"{format_seconds(float(worst['boundary_added_seconds']))} longer ({short_title(str(worst['method']))})."
         )
-    refused = table[table["why"] != ""]
-    for why, rows in refused.groupby("why", sort=False):
+    large = table["why"].str.contains(" need ", regex=False)
+    if large.any():
+        names = ", ".join(short_title(str(name)) for name in table.loc[large, "method"])
+        out.append(
+            f"Too large for this chip, as a whole or in part: {names}. The page says of each what it would need."
+        )
+    for why, rows in table[(table["why"] != "") & ~large].groupby("why", sort=False):
         names = ", ".join(short_title(str(name)) for name in rows["method"])
-        out.append(f"Not on this chip as a whole: {names}. {_sentence(str(why))}")
+        out.append(f"Not on this chip, as a whole or in part: {names}. {_sentence(str(why))}")
     return out
 
 
