@@ -189,8 +189,9 @@ def _state_rows(
         copies = "" if parallel.chips == 1 else "; what several chips have copies of counts once"
         row["remark"] = f"all state of a sequence, open chunk one token short of full{copies}"
     elif crossing is None:
-        row["remark"] = "never smaller: the drop-in form keeps its whole KV cache and adds fast weights"
-    elif window is not None and method.ttt is None:
+        what = "the drop-in form keeps its whole KV cache and adds fast weights"
+        row["remark"] = f"never smaller: {what if method.ttt is not None else 'it keeps all that the KV cache keeps'}"
+    elif window is not None and method.ttt is None and method.options is None:
         row |= {"closed_form_tokens": float(window), "closed_form": "w", "remark": "the window caps the cache"}
     return [*rows, row]
 

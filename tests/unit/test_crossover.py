@@ -418,3 +418,17 @@ def test_the_account_of_traffic_adds_up(batch, parallel, contexts):
     assert 2 * 212 * rows <= carry <= 2 * 220 * rows
     assert (3 * 2 - 1) * copies <= update <= 4 * 2 * copies
     assert row["simulated_tokens"] - row["closed_form_tokens"] == pytest.approx(sum(named), abs=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "closed", "words"),
+    [("lora", None, "keeps all that the KV cache keeps"), ("lact", None, ""), ("kv_window", "w", "the window caps")],
+)
+def test_methods_without_ttt_settings_have_the_closed_forms_that_hold_for_them(name, closed, words):
+    model = load_model("Qwen3-4B")
+    methods = {m: METHODS[m].settings(None, None, None) for m in ("kv", name)}
+    records = pd.DataFrame({"method": [], "phase": [], "batch": [], "context_tokens": [], "fits": []})
+    table = crossover_table(model, methods, records, dtype="bf16", prefill=lambda *_: {})
+    row = table[table["quantity"] == "state memory"].iloc[0]
+    assert (None if pd.isna(row["closed_form"]) else row["closed_form"]) == closed
+    assert words in (row["remark"] if isinstance(row["remark"], str) else "")
