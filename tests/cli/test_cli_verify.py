@@ -30,7 +30,7 @@ def test_hardware_order_reports_differences(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "tttt"], "unknown method 'tttt', did you mean ttt?"),
+        (["--method", "tttt"], "unknown method 'tttt', did you mean ttt or "),
         (["--accumulate", "hardwar"], "accumulation 'hardwar' is not one of exact, hardware"),
         (["--prefill", "0"], "--prefill"),
         (["--decode", "-1"], "--decode: -1 must be at least 0"),

@@ -40,12 +40,10 @@ def test_kernels_of_very_many_steps_lose_nothing(chip: str) -> None:
 
 def test_a_row_that_a_chip_has_no_rule_for_is_named_and_the_others_predicted() -> None:
     gemm = "bf16,gemm,64,64,64,,,,,"
-    times, problems = predict("tpu_v5e", gemm, "bf16,gdn_chunk_prefill,,,,1,64,8,8,64", gemm)
+    times, problems = predict("tpu_v5e", gemm, "fp8,gemm,64,64,64,,,,,", gemm)
     assert times[1] is None
     assert times[0] == times[2] is not None
-    assert problems == [
-        "line 3: tpu_v5e: the workload has recurrent scans (delta_rule), which systolic arrays have no rule for"
-    ]
+    assert problems == ["line 3: tpu_v5e: unit mxu has no peak for dtype fp8; the chip file lists bf16, int8"]
 
 
 @pytest.mark.parametrize("cell", ["1_0", "\u0663", "0x10", "-0", "1e400"])
