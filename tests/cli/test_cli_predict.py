@@ -158,7 +158,10 @@ def test_calibrate_never_writes_what_is_no_chip_file_nor_over_its_rows(tmp_path:
         (("-o", rows), "rows.yaml: holds the rows to fit"),
         (("-o", "My file.yaml"), "name: 'My file': must be a name of small letters"),
         (("-o", "mine"), "mine: a chip file ends in .yaml"),
-        (("-o", "m.yaml", "--set", "library.kernel=1500 cycles"), "--set: library.kernel: the new file would not hold it"),
+        (
+            ("-o", "m.yaml", "--set", "library.kernel=1500 cycles"),
+            "--set: library.kernel: the new file would not hold it",
+        ),
     ):
         done = ttt_sim("calibrate", "h100", rows, *extra, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
