@@ -23,7 +23,7 @@ help:
 	@echo "make pytest   tests only (TESTS='...' chooses some, WORKERS=$(WORKERS) processes)"
 	@echo "make format   let ruff rewrite the code"
 	@echo "make golden   rewrite the golden cycle counts and digests; review the diff"
-	@echo "make sample   rewrite the sample report; README quotes its first lines"
+	@echo "make sample   rewrite the sample report, whose first lines README quotes, and the ledger of claims"
 	@echo "make bench    speed and memory of the engines and of the default run"
 	@echo "make wheel    build the wheel and the sdist into dist/"
 	@echo "make clean    remove what make created, reports left alone"
@@ -53,6 +53,7 @@ golden: $(VENV)/.dev
 
 sample: $(VENV)/.dev
 	$(PY) -m ttt_sim run hw_configs/h100.yaml --out reports/sample
+	$(PY) -m ttt_sim claims
 
 bench: $(VENV)/.dev
 	@for script in benchmarks/bench_*.py; do echo "$$script"; $(PY) "$$script" || exit 1; done

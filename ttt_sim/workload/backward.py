@@ -1,6 +1,6 @@
 """The backward pass of a decoder, op by op, and the steps of optimisers.
 
-Operation list B1 to B11 of docs/workloads.md. A product y = x W^T of the forward pass gives two products backward: the
+Operation list B1 to B11 of docs/methods.md. A product y = x W^T of the forward pass gives two products backward: the
 gradient of x, with W read along its other axis, and the gradient of W, if W is trained. Activations that the backward
 pass reads stay allocated from the op that made them, which is what makes training hold more memory than inference; with
 recomputation only the input of each layer stays, and the layer is run again before its backward pass.

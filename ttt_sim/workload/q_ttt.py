@@ -2,8 +2,8 @@
 
 The context is taken in once, as into any KV cache, which then stays as it is. A step is a forward and a backward pass
 of a span of the context whose queries see the cache: rows are few, but each step reads all keys and values twice. Keys
-and values of the cache are constants, those of the span's own rows are not. Afterwards every user has his cache and
-his queries: an adapter on every query projection (released code), or a copy of it.
+and values of the cache are constants, those of the span's own rows are not. Afterwards every user has a cache and
+queries of their own: an adapter on every query projection (released code), or a copy of it.
 
 A span stands behind the whole context, the most that it can see.
 """
