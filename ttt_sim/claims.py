@@ -172,8 +172,8 @@ def _spread(*records: Record) -> str:
     high = max(_of(record, "seconds_high") / _of(record, "seconds") for record in known)
     share = max(_of(record, "unmeasured_share") for record in known)
     return (
-        f"80 % intervals of times reach from {low:.2f} to {high:.2f} times; up to {_percent(share)} of a time is spent in "
-        "kernels that nobody has measured"
+        f"80 % intervals of times reach from {low:.2f} to {high:.2f} times; up to {_percent(share)} of a time is "
+        "spent in kernels that nobody has measured"
     )
 
 
