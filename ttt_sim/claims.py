@@ -281,6 +281,13 @@ def _quadratic(lab: Lab) -> Judgement:
     return Judgement(verdict=verdict, reason=reason, rows=rows, uncertainty=_spread(*records))
 
 
+def _with_and_without(lab: Lab, chip: str) -> tuple[Record, Record]:
+    """Decode over a window without updates and with them, both on the chips that the latter takes."""
+    parallel = lab.point(chip, "ttt_window", "decode").parallel
+    window, ttt = (lab.record(chip, method, "decode", parallel=parallel) for method in ("kv_window", "ttt_window"))
+    return window, ttt
+
+
 #: Chips sold for inference, or whose weights were never meant to change.
 _INFERENCE_CHIPS = ("inferentia2", "ai100_ultra", "groq_lpu", "hexagon_8elite", "npu_xdna2", "northpole", "tpu_v5e")
 #: Within this factor a simulated ratio agrees with a published one.
@@ -295,7 +302,7 @@ def _updates_against_window(lab: Lab, chips: Sequence[str]) -> tuple[list[list[s
     slower: dict[str, float] = {}
     records: list[Record] = []
     for chip in chips:
-        window, ttt = (lab.record(chip, method, "decode", CONTEXT) for method in ("kv_window", "ttt_window"))
+        window, ttt = _with_and_without(lab, chip)
         mode = load_chip(chip).writability.mode
         ratio = _of(ttt, "seconds") / _of(window, "seconds")
         jitter = _of(ttt, "boundary_step_seconds") / _of(ttt, "ordinary_step_seconds")
@@ -323,7 +330,7 @@ def _inference_chips(lab: Lab) -> Judgement:
 
 def _needed_at_inference(lab: Lab) -> Judgement:
     model = "toy"
-    rows = [["method", "weights written per user", "gradient or delta buffers", "optimiser state", "backward pass"]]
+    rows = [["method", "weights written per user", "gradient or delta buffers", "optimiser state", "gradient work"]]
     needs: dict[str, tuple[bool, bool, bool]] = {}
     cases: list[tuple[str, str, PhaseName, dict[str, Any]]] = [
         ("KV cache", "kv", "prefill", {}),
@@ -402,7 +409,7 @@ def _against(
     found: dict[str, dict[str, float]] = {}
     records = []
     for chip in (base, *(c for c in chips if c != base)):
-        window, ttt = (lab.record(chip, method, "decode", CONTEXT) for method in ("kv_window", "ttt_window"))
+        window, ttt = _with_and_without(lab, chip)
         records += [window, ttt]
         n = float(cast(int, ttt.get("chips") or 1))
         values = {

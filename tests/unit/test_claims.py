@@ -21,6 +21,9 @@ class Fake:
 
     make: Callable[[str, str, str, int, Mapping[str, Any]], Mapping[str, object]]
 
+    def point(self, chip: str, method: str, phase: str) -> Any:
+        return make_point("tiny_gpu", "toy", "kv")
+
     def record(self, chip: str, method: str, phase: str, context: int = 32768, **more: Any) -> Mapping[str, object]:
         usual = {
             "chip": chip, "fits": True, "seconds": 1.0, "seconds_low": 0.9, "seconds_high": 1.1,
