@@ -366,13 +366,14 @@ def _traffic_formula(together: int | None, cp: int, copies: int) -> str:
 
 def _flop_formula(model: Model, ttt: TTTSettings, parallel: Parallel) -> str:
     tp, cp = parallel.tp, parallel.cp
+    fast = "d" if ttt.update_rows is None else str(ttt.update_rows)
     if not ttt.projection:
-        width = "f"
-    elif closed_forms.outer_comes_first(ttt, Fraction(model.d_ff, tp)):
-        width = "(d f / C + f)"
+        update = f"{fast} f"
+    elif closed_forms.outer_comes_first(model, ttt, Fraction(model.d_ff, tp)):
+        update = f"d ({fast} f / C + f)"
     else:
-        width = f"({tp} d + f)" if tp > 1 else "(d + f)"
-    whole = f"2w + s d {width} / (L H h)"
+        update = f"{fast} ({tp} d + f)" if tp > 1 else f"{fast} (d + f)"
+    whole = f"2w + s {update} / (L H h)"
     return whole if cp == 1 else f"{cp}/{2 * cp - 1} ({whole})"
 
 

@@ -72,7 +72,8 @@ class KVSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TTTSettings:
-    """In-Place TTT (arXiv 2604.06169). ``layers`` None: layers 0, 6, 12, ... that the model has."""
+    """In-Place TTT (arXiv 2604.06169). ``layers`` None: layers 0, 6, 12, ... that the model has. ``update_rows``: the
+    first rows (outputs) of a down projection that are fast, the rest stays as trained; None: all of them."""
 
     layers: tuple[int, ...] | None = None
     chunk_tokens: int = 1024
@@ -85,11 +86,16 @@ class TTTSettings:
     carry: Carry = "official"
     weight_write: WeightWrite = "official"
     contraction: Contraction = "auto"
+    update_rows: int | None = None
 
     def layers_of(self, model: Model) -> tuple[int, ...]:
         """The TTT layers that exist in ``model``, ascending."""
         wanted = range(0, model.n_layers, 6) if self.layers is None else sorted(set(self.layers))
         return tuple(layer for layer in wanted if 0 <= layer < model.n_layers)
+
+    def rows_of(self, model: Model) -> int:
+        """Rows of a down projection that are fast."""
+        return model.d_model if self.update_rows is None else self.update_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -242,6 +242,11 @@ def check_ttt(settings: TTTSettings, model: Model | None = None) -> None:
             f"TTT setting layers: none of {_short(settings.layers)} exists in {model.name}, which has layers "
             f"0 to {model.n_layers - 1}"
         )
+    if model is not None and settings.rows_of(model) > model.d_model:
+        raise ConfigError(
+            f"TTT setting update_rows: is {settings.update_rows}, but a down projection of {model.name} has "
+            f"{model.d_model} rows"
+        )
 
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -271,6 +276,12 @@ def _problem(name: str, value: Any) -> str | None:
             None
             if _is_int(value) and 1 <= value <= _LARGEST_DIMENSION
             else (f"is {value!r}, expected a whole number from 1 to {_LARGEST_DIMENSION}")
+        )
+    if name == "update_rows":
+        return (
+            None
+            if value is None or (_is_int(value) and 1 <= value <= _LARGEST_DIMENSION)
+            else (f"is {value!r}, expected a whole number from 1 to {_LARGEST_DIMENSION}, or nothing for all rows")
         )
     if name == "projection":
         return None if isinstance(value, bool) else f"is {value!r}, expected true or false"
@@ -349,4 +360,5 @@ _READERS: Mapping[str, Callable[[YamlNode], Any]] = {
     "rate": _number,
     "clip": lambda node: None if _absent(node) else _number(node),
     "projection": _boolean,
+    "update_rows": lambda node: None if _absent(node) else _integer(node),
 }

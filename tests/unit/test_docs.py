@@ -404,6 +404,26 @@ def test_update_formulas(settings: dict[str, Any], expected: tuple[str, ...]) ->
         assert_op_costs(trace, kind, *rows[kind], SHAPE)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ("target_conv", "target_proj", "delta_gemm", "delta_scale", "weight_write", "down_proj", "fast_apply")),
+        ({"contraction": "outer_first", "clip": 1.0}, ("outer_gemm", "outer_proj", "delta_norm", "fast_init")),
+        ({"weight_write": "fused"}, ("delta_write",)),
+        ({"carry": "online"}, ("online_update",)),
+    ],
+    ids=["project_first", "outer_first", "fused", "online"],
+)
+def test_formulas_of_part_of_a_matrix(settings: dict[str, Any], expected: tuple[str, ...]) -> None:
+    """16 of 64 rows. The first layer has TTT, so the first down_proj is one of a TTT layer."""
+    # after 8 rows of a chunk and their convolution, an online step takes in one row
+    position, tokens = (40, 1) if "carry" in settings else (0, CHUNK)
+    trace = build_trace(TOY, in_place(update_rows=16, **settings), one_call(position, tokens, batch=BATCH))
+    rows = formula_rows("Updates of part of a matrix")
+    for kind in expected:
+        assert_op_costs(trace, kind, *rows[kind], SHAPE | {"u": 16, "m": CHUNK, "n": 1})
+
+
 @pytest.mark.parametrize("variant", get_args(WeightWrite))
 def test_weight_write_formulas(variant: WeightWrite) -> None:
     fast, delta = ("bf16", FP32) if variant == "master" else ("fp32", FP32)

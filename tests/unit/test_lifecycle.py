@@ -204,8 +204,9 @@ def test_a_chip_with_some_layers_has_their_part() -> None:
 
 @pytest.mark.parametrize("model", [TOY, QWEN], ids=lambda model: model.name)
 @pytest.mark.parametrize("batch", [1, 5])
-def test_copies_follow_their_closed_forms(model: Model, batch: int) -> None:
-    state = held(model, batch=batch)
+@pytest.mark.parametrize("rows", [None, 16])
+def test_copies_follow_their_closed_forms(model: Model, batch: int, rows: int | None) -> None:
+    state = held(model, batch=batch, update_rows=rows)
     size = batch * closed_forms.state_bytes(model, state.ttt, CONTEXT, window_tokens=WINDOW)
     for operation in ("snapshot", "restore", "swap_out", "swap_in"):
         assert moved(BUILT[operation](state)) == (size, size)
@@ -221,8 +222,9 @@ def test_copies_follow_their_closed_forms(model: Model, batch: int) -> None:
 
 @pytest.mark.parametrize("model", [TOY, QWEN], ids=lambda model: model.name)
 @pytest.mark.parametrize("chunks", [1, 4])
-def test_replays_follow_their_closed_forms(model: Model, chunks: int) -> None:
-    state = held(model)
+@pytest.mark.parametrize("rows", [None, 16])
+def test_replays_follow_their_closed_forms(model: Model, chunks: int, rows: int | None) -> None:
+    state = held(model, update_rows=rows)
     trace = replay_factors(state, chunks)
     assert moved(trace) == tuple(closed_forms.replay_bytes(model, state.ttt, chunks, batch=BATCH))
     assert trace is not None
@@ -244,14 +246,16 @@ def read_by_down_projections(trace: Trace) -> int:
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("history", [0, 1, 500])
-def test_forms_follow_their_closed_forms(model: Model, batch: int, form: Form, history: int) -> None:
-    state = held(model, batch=batch)
+@pytest.mark.parametrize("rows", [None, 16])
+def test_forms_follow_their_closed_forms(model: Model, batch: int, form: Form, history: int, rows: int | None) -> None:
+    state = held(model, batch=batch, update_rows=rows)
     trace = apply_step(state, form, history)
     verify(trace)
     expected: dict[str, Any] = {"batch": batch, "history_tokens": history}
     assert read_by_down_projections(trace) == closed_forms.form_bytes(model, state.ttt, form, **expected)
     assert totals(trace, is_kind(trace, *DOWN)).flops == closed_forms.form_flops(model, state.ttt, form, **expected)
-    wanted = {"merged": ["fast_apply"], "split": ["down_proj", "fast_apply"], "kernel": ["down_proj"]}[form]
+    frozen = [] if rows is None else ["down_proj"]
+    wanted = {"merged": [*frozen, "fast_apply"], "split": ["down_proj", "fast_apply"], "kernel": ["down_proj"]}[form]
     if form == "kernel" and history:
         wanted += ["history_scores", "history_apply"]
     assert kinds(trace, trace.layer == 0) == ["gate_proj", "up_proj", "silu_mul", *wanted]

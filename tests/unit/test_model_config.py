@@ -189,14 +189,16 @@ def test_settings_files(tmp_path: Path):
     path.write_text(
         "layers: [0, 3]\nchunk_tokens: 2k\nrate: 1e-2\ntarget: input_embed\nprojection: false\nconvolution: causal\n"
         "clip: 0.5\nfast_dtype: fp32\ncarry: keep_z\nweight_write: fused\ncontraction: project_first\n"
+        "update_rows: 48\n"
     )
     expected = TTTSettings(
         layers=(0, 3), chunk_tokens=2048, rate=0.01, target="input_embed", projection=False, convolution="causal",
         clip=0.5, fast_dtype="fp32", carry="keep_z", weight_write="fused", contraction="project_first",
+        update_rows=48,
     )  # fmt: skip
     assert load_ttt(path) == expected
     assert load_ttt(path, rate=2.0).rate == 2.0
-    (tmp_path / "my.json").write_text('{"layers": null, "clip": null, "chunk_tokens": 64}')
+    (tmp_path / "my.json").write_text('{"layers": null, "clip": null, "chunk_tokens": 64, "update_rows": null}')
     assert load_ttt(tmp_path / "my.json") == TTTSettings(chunk_tokens=64)
 
 
@@ -217,6 +219,9 @@ def test_settings_files(tmp_path: Path):
         ("layers: []\n", ["layers: is (), expected layer numbers from 0"]),
         ("layers: [-1]\n", ["layers: is '-1', expected a whole number from 0"]),
         ("projection: maybe\n", ["projection: is 'maybe', expected true or false"]),
+        ("update_rows: 0\n", [":1: update_rows: is 0, expected a whole number from 1 to", "or nothing for all rows"]),
+        ("update_rows: -3\n", ["update_rows: is '-3', expected a whole number from 0"]),
+        ("update_row: 3\n", [":1: update_row: unknown key, did you mean update_rows"]),
         ("fast_dtype: int4\n", ["fast_dtype: is 'int4'", "allowed: fp32, bf16, fp16, fp8, int8"]),
         (
             "contraction: outer_first\nprojection: false\n",

@@ -90,13 +90,14 @@ def test_groups_of_kv_formats(group):
     ("contraction", "projection"), [("project_first", True), ("outer_first", True), ("auto", False)]
 )
 @pytest.mark.parametrize("clip", [None, 0.5])
-def test_carries_and_writes(carry, write, contraction, projection, clip):
+@pytest.mark.parametrize("rows", [None, 5])
+def test_carries_and_writes(carry, write, contraction, projection, clip, rows):
     """Target and convolution go through all their pairs along the way; the tests below take them in full."""
     others = list(product(("hidden_states", "input_embed"), ("symmetric", "causal")))
     target, convolution = others[(len(carry) + len(write) + len(contraction)) % 4]
     settings = settings_of(
         "ttt_window", carry=carry, weight_write=write, contraction=contraction, projection=projection, clip=clip,
-        target=target, convolution=convolution,
+        target=target, convolution=convolution, update_rows=rows,
     )  # fmt: skip
     assert_equal_counts(NARROW, settings, USUAL)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal, localcontext
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -621,7 +621,7 @@ def test_order_of_the_products_turns_around_where_a_chunk_is_as_long_as_d_ff():
     case = mlp_case(d=6, f=10, n=30)
     for chunk, cheaper, dearer in ((9, "project_first", "outer_first"), (10, "outer_first", "project_first")):
         o = options(chunk=chunk)
-        assert o.outer_first(10) == (cheaper == "outer_first")
+        assert o.outer_first(6, 10) == (cheaper == "outer_first")
         auto = stream(case, o)
         assert_same(auto[:2], stream(case, changed(o, contraction=cheaper))[:2])
         wrong = stream(case, changed(o, contraction=dearer))
@@ -636,6 +636,44 @@ def test_order_of_the_products_is_irrelevant_without_a_projection():
     case = mlp_case(projection=False)
     both = [stream(case, options(contraction=c))[:2] for c in ("project_first", "outer_first")]
     assert_same(*both)
+
+
+ROWS = 4
+
+
+def part_of(case: Case) -> Case:
+    """The case with the parameters that updates of the first rows need."""
+    w = case.weights
+    if w.projection is None:
+        return case._replace(weights=replace(w, conv=w.conv[:ROWS]))
+    return case._replace(weights=replace(w, projection=w.projection[:, :ROWS]))
+
+
+@pytest.mark.parametrize("carry", CARRIES)
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("projection", [True, False])
+@pytest.mark.parametrize("contraction", ["project_first", "outer_first"])
+@pytest.mark.parametrize("pieces", [[23], [4, 1, 1, 10, 7]])
+def test_rows_of_a_weight_change_as_they_do_in_the_whole(carry, write, projection, contraction, pieces):
+    """A row of a delta depends on no other row of the weight; the other outputs are those of the trained weight."""
+    case = mlp_case(projection=projection, batch=2)
+    o = options(carry=carry, write=write, contraction=contraction)
+    y, versions, _ = stream(case, o, pieces)
+    base, _, _ = stream(case, replace(o, rate=0.0), pieces)
+    got, rows, _ = stream(part_of(case), replace(o, update_rows=ROWS), pieces)
+    assert len(rows) > 2
+    assert_same(
+        (got, rows), (np.concatenate([y[..., :ROWS], base[..., ROWS:]], axis=-1), [v[:, :ROWS] for v in versions])
+    )
+
+
+@pytest.mark.parametrize("projection", [True, False])
+def test_parallel_forms_of_rows_of_a_weight_in_float64(projection):
+    case = mlp_case(F64, projection=projection)
+    o = options(F64, update_rows=ROWS)
+    y, versions, _ = stream(part_of(case), o)
+    for form in (parallel, partial(context_parallel, devices=2)):
+        assert_close(form(part_of(case).weights, o, case.x, case.t), (y, versions), 1e-12)
 
 
 def test_projection_is_used_as_stored():

@@ -101,6 +101,11 @@ def test_passes_for_every_carry_and_write(carry: Carry, write: WeightWrite) -> N
         {"fast_dtype": "fp16", "weight_write": "master"},
         {"fast_dtype": "fp8", "rate": 0.5},
         {"layers": (0, 1, 2, 3)},
+        {"update_rows": 16},
+        {"update_rows": 16, "projection": False, "target": "input_embed", "carry": "keep_z"},
+        {"update_rows": 16, "projection": False, "carry": "ring", "weight_write": "fused"},
+        {"update_rows": 63, "contraction": "outer_first", "carry": "online", "weight_write": "master", "clip": 0.5},
+        {"update_rows": 1, "contraction": "outer_first", "weight_write": "fused"},
     ],
     ids=str,
 )

@@ -18,7 +18,7 @@ from tests.unit.trace_tools import (
     totals,
 )
 from ttt_sim.errors import ConfigError
-from ttt_sim.model import Call, MethodSettings, Model, Scenario, TTTSettings
+from ttt_sim.model import Call, MethodSettings, Model, Parallel, Scenario, TTTSettings
 from ttt_sim.model_config import load_model
 from ttt_sim.ops import Phase, Role, Trace
 from ttt_sim.trace_check import verify
@@ -497,14 +497,196 @@ def test_a_chunk_of_one_token_carries_nothing():
     assert not is_kind(trace, "carry_append").any()
 
 
+# --- part of a matrix -------------------------------------------------------------------------------------------------
+
+#: 16 of the 64 rows of a toy weight are fast.
+PART, FROZEN = 16, 48
+
+
+def same_ops(a: Trace, b: Trace) -> bool:
+    return a.tensors == b.tensors and all(
+        np.array_equal(getattr(a, name), getattr(b, name))
+        for name in a.__dataclass_fields__
+        if name not in ("tensors", "meta")
+    )
+
+
+@pytest.mark.parametrize("carry", CARRIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("changes", [{}, {"projection": False}, {"contraction": "outer_first", "clip": 1.0}], ids=str)
+def test_all_rows_are_the_whole_matrix(carry, variant, changes):
+    scenario = scenario_of([70, *[1] * 30], batch=2)
+    whole, rows = (
+        ttt_trace(scenario, carry=carry, weight_write=variant, update_rows=n, **changes) for n in (None, TOY.d_model)
+    )
+    assert same_ops(whole, rows)
+    assert not is_kind(rows, "down_proj")[np.isin(rows.layer, (0, 2))].any()
+
+
+def test_update_of_part_of_a_matrix_op_by_op():
+    """d = 64, f = 192, C = 32, 16 rows, two sequences, bf16."""
+    trace = ttt_trace(one_call(0, 32, batch=2), update_rows=PART)
+    b, c, d, f, u, e = 2, 32, 64, 192, PART, 2
+    expected = {
+        "fast_init": Totals(0, 0, u * f * e, b * u * f * e),
+        "fast_apply": Totals(b * 2 * c * u * f, 0, b * c * f * e + b * u * f * e, b * c * u * e),
+        "target_conv": Totals(b * 10 * c * d, 0, b * c * d * e + 5 * d * e, b * c * d * e),
+        "target_proj": Totals(b * 2 * c * d * u, 0, b * c * d * e + d * u * e, b * c * u * e),
+        "delta_gemm": Totals(b * 2 * c * u * f, 0, b * c * (u + f) * e, b * u * f * e),
+        "delta_scale": Totals(0, b * u * f, b * u * f * e, b * u * f * e),
+        "weight_write": Totals(0, b * u * f, b * u * f * (e + e), b * u * f * e),
+        "down_proj": Totals(b * 2 * c * FROZEN * f, 0, b * c * f * e + FROZEN * f * e, b * c * FROZEN * e),
+        "mlp_residual": Totals(0, b * c * d, 2 * b * c * d * e, b * c * d * e),
+    }
+    for layer in (0, 2):
+        for kind, values in expected.items():
+            assert totals(trace, is_kind(trace, kind) & (trace.layer == layer)) == values, kind
+    frozen = int(np.flatnonzero(is_kind(trace, "down_proj") & (trace.layer == 0))[0])
+    assert (trace.batch[frozen], trace.m[frozen], trace.n[frozen], trace.k[frozen]) == (1, b * c, FROZEN, f)
+    fast = int(np.flatnonzero(is_kind(trace, "fast_apply") & (trace.layer == 0))[0])
+    assert (trace.batch[fast], trace.m[fast], trace.n[fast], trace.k[fast]) == (b, c, u, f)
+
+
+@pytest.mark.parametrize("carry", CARRIES)
+def test_rows_that_stay_are_applied_once_to_every_token(carry):
+    """Also in calls that compute hidden rows again, and beside each fast product."""
+    pieces = [70, 1, 1, 40, 20]
+    trace = ttt_trace(scenario_of(pieces, batch=3), carry=carry, update_rows=PART)
+    verify(trace)
+    frozen = is_kind(trace, "down_proj") & (trace.layer == 2)
+    assert trace.m[frozen].tolist() == [3 * n for n in pieces]
+    assert set(trace.phase[frozen].tolist()) == {int(Phase.FORWARD)}
+    added = is_kind(trace, "mlp_residual") & (trace.layer == 2)
+    for op, tokens in zip(np.flatnonzero(added).tolist(), pieces, strict=True):
+        sizes = {"fast_out": 0, "frozen_out": 0}
+        for name, _, nbytes in operands(trace, op, "read")[1:]:
+            sizes[name.rpartition(".")[2]] += nbytes
+        assert sizes == {"fast_out": 3 * tokens * PART * 2, "frozen_out": 3 * tokens * FROZEN * 2}
+
+
+@pytest.mark.parametrize("carry", CARRIES)
+@pytest.mark.parametrize(
+    ("changes", "target_width", "summed_rows"),
+    [({}, 64, PART), ({"projection": False}, PART, PART), ({"contraction": "outer_first"}, 64, 64)],
+    ids=["projected", "plain", "outer_first"],
+)
+def test_state_of_part_of_a_matrix(carry, changes, target_width, summed_rows):
+    """A projection mixes columns of targets; a delta before its projection has all rows."""
+    settings = settings_of(toy_ttt(carry=carry, update_rows=PART, **changes))
+    state = state_per_sequence(TOY, settings, 1000, "bf16")
+    assert state.fast_weight_bytes == 2 * PART * 192 * 2
+    rows = {
+        "official": 31 * (64 + target_width) * 2,
+        "ring": 31 * 64 * 2,
+        "keep_z": 31 * (192 + target_width) * 2,
+        "online": (4 * target_width + 2 * 192) * 2 + summed_rows * 192 * 4,
+    }
+    assert state.carry_bytes == 2 * rows[carry]
+    trace = build_trace(TOY, settings, Scenario.prefill(150, batch=3))
+    held = {role: sum(t.nbytes for t in trace.tensors if t.role == role) for role in Role}
+    assert held[Role.CARRY] == 3 * state.carry_bytes
+    assert held[Role.FAST_WEIGHT] == 3 * state.fast_weight_bytes
+
+
+@pytest.mark.parametrize("name", ["toy", "Qwen3-4B"])
+@pytest.mark.parametrize("rows", [1, 16, 50, 60])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"projection": False},
+        {"contraction": "outer_first"},
+        {"chunk_tokens": 4096},
+        {"clip": 1.0},
+        {"carry": "online"},
+    ],
+    ids=str,
+)
+def test_work_on_part_of_a_matrix_equals_the_closed_forms(name, rows, changes):
+    model = load_model(name)
+    ttt = toy_ttt(update_rows=rows, **{"chunk_tokens": 1024, **changes})
+    trace = build_trace(model, settings_of(ttt), one_call(0, ttt.chunk_tokens, batch=2))
+    found = totals(trace, update_mask(trace))
+    assert found.flops == 2 * 2 * closed_forms.update_flops(model, ttt)
+    assert found.vector_ops == 2 * 2 * closed_forms.update_lane_ops(model, ttt)
+    state = state_per_sequence(model, settings_of(ttt), 5000, "bf16")
+    assert state.fast_weight_bytes == closed_forms.fast_weight_bytes(model, ttt) == 2 * rows * model.d_ff * 2
+    if "carry" not in changes:
+        assert state.carry_bytes == closed_forms.official_carry_bytes(model, ttt)
+        boundary = build_trace(model, settings_of(ttt), Scenario.decode((4 * ttt.chunk_tokens - 1,)))
+        flops = sum(totals(boundary, mlp_mask(boundary, layer)).flops for layer in (0, 2))
+        assert flops == closed_forms.boundary_flops(model, ttt)
+
+
+@pytest.mark.parametrize(("rows", "first"), [(48, None), (49, 2352), (56, 336), (64, 192)])
+def test_order_of_the_products_of_part_of_a_matrix(rows, first):
+    """d u f / (u (d + f) - d f) tokens: 49 * 12288 / 256 = 2352, 56 * 12288 / 2048 = 336, 64 * 12288 / 4096 = 192."""
+    if first is None:
+        assert is_kind(ttt_trace(one_call(0, 2**20), chunk_tokens=2**20, update_rows=rows), "target_proj").any()
+        return
+    for chunk_tokens, kind in ((first - 1, "target_proj"), (first, "outer_gemm")):
+        trace = ttt_trace(one_call(0, chunk_tokens), chunk_tokens=chunk_tokens, update_rows=rows)
+        assert is_kind(trace, kind).any()
+    # the cheaper order on either side
+    for chunk_tokens in (first - 1, first + 1):
+        flops = {
+            order: closed_forms.update_flops(
+                TOY, toy_ttt(chunk_tokens=chunk_tokens, update_rows=rows, contraction=order)
+            )
+            for order in ("auto", "project_first", "outer_first")
+        }
+        assert flops["auto"] == min(flops["project_first"], flops["outer_first"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bytes_of_the_weight_write_of_part_of_a_matrix(variant):
+    trace = ttt_trace(one_call(0, 32, batch=3), weight_write=variant, update_rows=PART)
+    moved = {"read": 0, "write": 0}
+    for op in np.flatnonzero(update_mask(trace) & (trace.layer == 0)).tolist():
+        for column in moved:
+            for name, _, nbytes in operands(trace, op, column):
+                if name.startswith(("layers.0.fast_", "layers.0.delta", "layers.0.scaled_delta")):
+                    moved[column] += nbytes
+    expected = closed_forms.weight_write_bytes(TOY, "bf16", variant, PART)
+    assert moved == {"read": 3 * expected.read, "write": 3 * expected.written}
+    assert expected.written == PART * 192 * {"official": 6, "master": 6}.get(variant, 2)
+
+
+def test_part_of_a_matrix_on_several_chips():
+    """Two tensor-parallel chips halve f, context-parallel chips pass on sums of u f elements."""
+    tp = build_trace(
+        TOY, settings_of(toy_ttt(update_rows=PART)), Scenario.prefill(32, batch=2, parallel=Parallel(tp=2))
+    )
+    verify(tp)
+    ops = is_kind(tp, "fast_apply", "down_proj") & (tp.layer == 0)
+    assert list(zip(kinds(tp, ops), tp.n[ops].tolist(), tp.k[ops].tolist(), strict=True)) == [
+        ("fast_apply", PART, 96), ("down_proj", FROZEN, 96),
+    ]  # fmt: skip
+    summed = int(np.flatnonzero(ops)[-1]) + 1
+    while kinds(tp)[summed] != "allreduce":
+        summed += 1
+    assert sum(nbytes for _, _, nbytes in operands(tp, summed, "read")) == 2 * 32 * 64 * 2
+    for carry, changes in (("official", {}), ("online", {"contraction": "outer_first"})):
+        ttt = toy_ttt(update_rows=PART, carry=carry, **changes)
+        cp = build_trace(TOY, settings_of(ttt), Scenario.prefill(256, batch=2, parallel=Parallel(cp=2)))
+        verify(cp)
+        layer = cp.layer == 2
+        scan = int(np.flatnonzero(is_kind(cp, "delta_scan") & layer)[0])
+        assert operands(cp, scan, "read")[0][2] == operands(cp, scan, "write")[0][2] == 2 * PART * 192 * 2
+        assert totals(cp, is_kind(cp, "delta_sum") & layer).vector_ops == 4 * 2 * PART * 192
+        assert cp.n[is_kind(cp, "fast_apply") & layer].tolist() == [PART] * 4
+        assert cp.m[is_kind(cp, "down_proj") & layer].tolist() == [2 * 128]
+
+
 # --- decode bytes -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 8, 32])
 @pytest.mark.parametrize("window", [None, 1024])
-def test_decode_step_reads_what_the_closed_form_says(batch, window):
+@pytest.mark.parametrize("rows", [None, 256])
+def test_decode_step_reads_what_the_closed_form_says(batch, window, rows):
     """Weights that products read, fast weights and KV; norms and the rotary table stand outside the formula."""
-    model, tokens, ttt = load_model("Qwen3-4B"), 32768, TTTSettings()
+    model, tokens, ttt = load_model("Qwen3-4B"), 32768, TTTSettings(update_rows=rows)
     # the step after T - 2 tokens sees T - 1 and completes no chunk
     trace = build_trace(model, settings_of(ttt, window), Scenario.decode((tokens - 2,), batch=batch))
     names = [t.name for t in trace.tensors]
@@ -542,6 +724,8 @@ def test_calls_are_what_they_are_alone(carry, target):
         ({"carry": "rng"}, "carry: is 'rng', did you mean ring"),
         ({"weight_write": "master", "fast_dtype": "fp32"}, "master keeps an fp32 copy of a narrower weight"),
         ({"clip": 0.0}, "clip: is 0.0, expected a finite number above 0, or nothing"),
+        ({"update_rows": 65}, "update_rows: is 65, but a down projection of toy has 64 rows"),
+        ({"update_rows": 0}, "update_rows: is 0, expected a whole number from 1 to .*, or nothing for all rows"),
     ],
 )
 def test_impossible_settings(changes, message):

@@ -129,6 +129,8 @@ def test_what_cannot_be_trained_is_refused() -> None:
         train(C)
     with pytest.raises(ConfigError, match="no rule for gradients through a clip"):
         train(2 * C, replace(TTT, clip=1.0))
+    with pytest.raises(ConfigError, match="method ttt_outer trains whole fast weights; leave update_rows out"):
+        train(2 * C, replace(TTT, update_rows=16))
     with pytest.raises(UnsupportedError, match="without stages"):
         train(2 * C, parallel=Parallel(pp=2))
     record = simulate_point(make_point("loihi2", "toy", "ttt_outer", phase="train", context=96, ttt=TTT)).record

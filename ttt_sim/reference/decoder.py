@@ -52,6 +52,8 @@ class DecoderShape:
             raise InputError(f"head_dim: is {self.head_dim}, expected an even number: rotary embedding pairs elements")
         if self.window is not None:
             as_count("window", self.window)
+        if self.ttt is not None and (self.ttt.update_rows or 1) > self.d_model:
+            raise InputError(f"update_rows: is {self.ttt.update_rows}, expected at most d_model, {self.d_model}")
         if any(not 0 <= layer < self.n_layers for layer in self.ttt_layers):
             raise InputError(f"ttt_layers: {self.ttt_layers}, expected layers from 0 to {self.n_layers - 1}")
 
@@ -70,10 +72,14 @@ def parameter_shapes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:
         }  # fmt: skip
         if not shape.qk_norm:
             del names["qk_norm"]
+        u = d if shape.ttt is None or shape.ttt.update_rows is None else shape.ttt.update_rows
         if layer not in shape.ttt_layers:
             del names["ttt_conv"], names["ttt_proj"]
         elif not shape.projection:
             del names["ttt_proj"]
+            names["ttt_conv"] = (u, TAPS)
+        else:
+            names["ttt_proj"] = (d, u)
         out |= {f"layers.{layer}.{name}.weight": size for name, size in names.items()}
     return out
 
@@ -293,7 +299,8 @@ class Decoder:
             rows = min(rows, TAPS - 1)
         if rows:
             c = self.meter.op("carry_append")
-            c.write(np.zeros((self.batch, rows, s.d_model)), s.dtype)
+            width = next(iter(self.fast.values())).rule.target_columns
+            c.write(np.zeros((self.batch, rows, width)), s.dtype)
 
     def weights_of(self, layer: int) -> list[FastWeight]:
         """Every version of a layer's fast weight so far, W_0 first."""

@@ -17,6 +17,9 @@ be2324829b0e), where a product sums wide and rounds once:
     outer first (C >= f):    Q = R(A^T Z),  D = R(P^T Q)
     E = R(eta D),  W <- R(W + E)
 
+With ``update_rows`` u only W[:u] is fast: D, V, E and O have u rows or columns, P (d, u), taps (u, 5) without a
+projection, and the rest of an output is R(Z W_0[u:]^T), of all sequences together. Q keeps d rows.
+
 Three forms compute the same: :class:`StreamingMlp` call by call, :func:`parallel` all chunks at once, and
 :func:`context_parallel` on devices that own consecutive chunks. They differ in how the sum of the deltas is rounded.
 Arrays have a leading batch of independent sequences: x (batch, tokens, d), W (batch, d, f).
@@ -47,7 +50,8 @@ _CHOICES = {"contraction": Contraction, "convolution": Convolution, "carry": Car
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpWeights:
-    """Trained weights: ``gate``, ``up`` (f, d), ``down`` (d, f), ``conv`` (d, 5), ``projection`` (d, d) or None."""
+    """Trained weights: ``gate``, ``up`` (f, d), ``down`` (d, f), ``conv`` (d, 5), ``projection`` (d, d) or None;
+    of ``update_rows`` u, ``projection`` (d, u) or, without one, ``conv`` (u, 5)."""
 
     gate: FloatArray
     up: FloatArray
@@ -75,7 +79,8 @@ class TTTOptions:
     as soon as its convolution is complete. ``write``: ``official`` rounds delta, scaled delta and sum one after the
     other; ``fused`` adds the wide product to the weight and rounds once; ``master`` is fused into a float32 copy, of
     which the weight that is applied is the rounded shadow. ``own_targets``: t are the layer's own inputs, so a carry
-    other than the official one need not keep them twice.
+    other than the official one need not keep them twice. ``update_rows``: the first rows of W that are fast, None for
+    all.
     """
 
     chunk: int
@@ -88,9 +93,12 @@ class TTTOptions:
     own_targets: bool = True
     dtype: Format = BFLOAT16
     fast_dtype: Format = BFLOAT16
+    update_rows: int | None = None
 
     def __post_init__(self) -> None:
         as_count("chunk", self.chunk)
+        if self.update_rows is not None:
+            as_count("update_rows", self.update_rows)
         if not np.isfinite(self.rate):
             raise InputError(f"rate: is {self.rate!r}, expected a finite number")
         if self.clip is not None and not (np.isfinite(self.clip) and self.clip > 0):
@@ -99,9 +107,14 @@ class TTTOptions:
             if getattr(self, name) not in get_args(choices):
                 raise InputError(f"{name}: is {getattr(self, name)!r}, expected one of {', '.join(get_args(choices))}")
 
-    def outer_first(self, d_ff: int) -> bool:
-        """Whether the outer product comes before the projection: cheaper when the chunk is at least d_ff long."""
-        return self.contraction == "outer_first" or (self.contraction == "auto" and self.chunk >= d_ff)
+    def outer_first(self, d_model: int, d_ff: int) -> bool:
+        """Whether the outer product comes before the projection: no dearer when C d f + d f u <= C d u + C u f, for all
+        rows of a weight when the chunk is at least d_ff long."""
+        if self.contraction != "auto":
+            return self.contraction == "outer_first"
+        u = d_model if self.update_rows is None else self.update_rows
+        projection_last = self.chunk * d_model * d_ff + d_model * d_ff * u
+        return projection_last <= self.chunk * d_model * u + self.chunk * u * d_ff
 
     @property
     def delta_dtype(self) -> Format:
@@ -121,7 +134,8 @@ class TTTOptions:
 
 @dataclass(slots=True)
 class FastWeight:
-    """The fast weight of a batch of sequences: ``applied`` (batch, d, f), and its float32 ``master``, if any."""
+    """The fast weight of a batch of sequences: ``applied`` (batch, u, f), u of d rows being fast, and its float32
+    ``master``, if any."""
 
     applied: FloatArray
     master: FloatArray | None = None
@@ -142,10 +156,21 @@ class ChunkRule:
     def count(self, kind: str, chunk: int = -1) -> OpCount:
         return self.meter.op(kind, layer=self.layer, chunk=chunk)
 
+    @property
+    def fast_rows(self) -> int:
+        """Rows of W that are fast."""
+        u = self.options.update_rows
+        return self.weights.d_model if u is None else u
+
+    @property
+    def target_columns(self) -> int:
+        """Columns of the targets that an update needs: all that a projection mixes, or one for each fast row."""
+        return self.fast_rows if self.weights.projection is None else self.weights.d_model
+
     def initial(self, batch: int) -> FastWeight:
-        """W_0: every sequence gets a copy of the trained down projection."""
+        """W_0: every sequence gets a copy of the fast rows of the trained down projection."""
         o, c = self.options, self.count("fast_init")
-        down = c.read(self.weights.down, o.dtype)
+        down = c.read(self.weights.down[: self.fast_rows], o.dtype)
         copies = np.repeat(down[None], batch, axis=0)
         if o.write == "master":
             master = c.write(copies, FLOAT32)
@@ -176,6 +201,15 @@ class ChunkRule:
         w_t = np.swapaxes(c.read(w.applied, o.fast_dtype), -1, -2)
         return c.write(c.product(c.read(z, o.dtype), w_t, o.dtype), o.dtype)
 
+    def with_frozen(self, fast: FloatArray, z: FloatArray) -> FloatArray:
+        """Outputs (batch, n, d): those of the fast rows, and Z W_0^T of the others."""
+        q, trained = self.options.dtype, self.weights.down[self.fast_rows :]
+        if not trained.size:
+            return fast
+        c = self.count("down_proj")
+        y = c.write(c.product(c.read(z, q).reshape(-1, z.shape[-1]), c.read(trained, q).T, q), q)
+        return np.concatenate([fast, y.reshape(*z.shape[:-1], -1)], axis=-1)
+
     def convolved(self, t: FloatArray, chunk: int = -1, rows: slice = slice(None)) -> FloatArray:
         """A = R(sum over taps j of K[:, j] t[row + j - 2]) (causal: j - 4), ``rows`` of it; zero outside ``t``."""
         q, c = self.options.dtype, self.count("target_conv", chunk)
@@ -188,11 +222,11 @@ class ChunkRule:
     def target_values(self, a: FloatArray, chunk: int = -1) -> FloatArray:
         """V = R(A P) where the projection comes first, else A."""
         p, q = self.weights.projection, self.options.dtype
-        if p is None or self.options.outer_first(self.weights.d_ff):
+        if p is None or self._projects_after:
             return a
         c = self.count("target_proj", chunk)
         rows = c.read(a, q).reshape(-1, a.shape[-1])
-        return c.write(c.product(rows, c.read(p, q), q), q).reshape(a.shape)
+        return c.write(c.product(rows, c.read(p, q), q), q).reshape(*a.shape[:-1], self.fast_rows)
 
     def update(self, w: FastWeight, t: FloatArray, z: FloatArray, chunk: int = -1) -> FastWeight:
         """W_(i+1) from the targets and hidden rows of a whole chunk."""
@@ -220,15 +254,15 @@ class ChunkRule:
 
     @property
     def _projects_after(self) -> bool:
-        return self.weights.projection is not None and self.options.outer_first(self.weights.d_ff)
+        return self.weights.projection is not None and self.options.outer_first(self.weights.d_model, self.weights.d_ff)
 
     def _outer(self, c: OpCount, v: FloatArray, z: FloatArray, fmt: Format) -> FloatArray:
-        """V^T Z (batch, d, f)."""
+        """V^T Z (batch, d or u, f)."""
         q = self.options.dtype
         return c.product(np.swapaxes(c.read(v, q), -1, -2), c.read(z, q), fmt)
 
     def _projected(self, c: OpCount, outer: FloatArray, outer_dtype: Format, fmt: Format) -> FloatArray:
-        """P^T Q (batch, d, f)."""
+        """P^T Q (batch, u, f)."""
         p = self.weights.projection
         assert p is not None
         p_t = np.repeat(c.read(p, self.options.dtype).T[None], outer.shape[0], axis=0)
@@ -327,22 +361,23 @@ class StreamingMlp:
     def reset(self) -> None:
         """Start a new document: the trained weight and no open chunk."""
         b, d, f = self.batch, self._weights.d_model, self._weights.d_ff
+        summed = d if self.rule._projects_after else self.rule.fast_rows
         self.versions = []
         self._position = 0
         self.open = OpenChunk(
             rows=0,
             inputs=np.zeros((b, 0, d)),
-            targets=np.zeros((b, 0, d)),
+            targets=np.zeros((b, 0, self.rule.target_columns)),
             hidden=np.zeros((b, 0, f)),
-            accumulator=np.zeros((b, d, f)),
+            accumulator=np.zeros((b, summed, f)),
         )
 
     @property
     def weight(self) -> FloatArray:
-        """The current weight (batch, d, f)."""
+        """The current weight (batch, u, f)."""
         if self.versions:
             return self.versions[-1].applied
-        down = round_to(self._weights.down, self.options.fast_dtype, "fast_init")
+        down = round_to(self._weights.down[: self.rule.fast_rows], self.options.fast_dtype, "fast_init")
         return np.repeat(down[None], self.batch, axis=0)
 
     @np.errstate(over="ignore")  # an infinity is an error where it is rounded
@@ -355,6 +390,7 @@ class StreamingMlp:
         _check_rows(x, t, self.batch, self._weights.d_model)
         if not self.versions:
             self.versions.append(self.rule.initial(self.batch))
+        t = t[..., : self.rule.target_columns]
         full = self.open.rows + x.shape[1] >= self.options.chunk
         y = self._complete(x, t) if full else self._extend(x, t)
         self._position += x.shape[1]
@@ -373,7 +409,7 @@ class StreamingMlp:
             self._keep(x, t, z)
         else:
             state.rows += x.shape[1]
-        return y
+        return self.rule.with_frozen(y, z)
 
     def _complete(self, x: FloatArray, t: FloatArray) -> FloatArray:
         """The first chunk is full, and perhaps more of them."""
@@ -409,7 +445,7 @@ class StreamingMlp:
                 self.versions.append(self.rule.update(self.versions[-1], t[:, part], z[:, part], first + i))
         if o.carry != "online":
             self._save_rest(x, t, z, (r + m) % size)
-        return np.concatenate(outputs, axis=1)
+        return self.rule.with_frozen(np.concatenate(outputs, axis=1), z[:, z.shape[1] - m :])
 
     def _joined(self, x: FloatArray, t: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Official carry: new buffers that hold the open rows and the new ones; twice, also where t is x."""
@@ -508,7 +544,7 @@ Outcome = tuple[FloatArray, list[FloatArray]]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _AllChunks:
     """What all chunks of a prompt compute without any fast weight. ``z`` (batch, chunks, C, f), the last chunk padded
-    with zero rows; ``scaled`` (batch, full chunks, d, f): E = R(eta D)."""
+    with zero rows; ``scaled`` (batch, full chunks, u, f): E = R(eta D)."""
 
     rule: ChunkRule
     z: FloatArray
@@ -518,11 +554,11 @@ class _AllChunks:
     @staticmethod
     def of(weights: MlpWeights, options: TTTOptions, x: FloatArray, t: FloatArray) -> _AllChunks:
         _check_rows(x, t, x.shape[0] if x.ndim else 1, weights.d_model)
-        size, (batch, n, d) = options.chunk, x.shape
+        size, (batch, n, _) = options.chunk, x.shape
         n_chunks, n_full = -(-n // size), n // size
         rule = ChunkRule(weights=weights, options=options)
         z = rule.hidden(np.pad(x, ((0, 0), (0, n_chunks * size - n), (0, 0)))).reshape(batch, n_chunks, size, -1)
-        full_t = t[:, : n_full * size].reshape(batch * n_full, size, d)
+        full_t = t[:, : n_full * size, : rule.target_columns].reshape(batch * n_full, size, rule.target_columns)
         delta = rule.delta(full_t, z[:, :n_full].reshape(batch * n_full, size, weights.d_ff))
         scaled = round_to(rule.clipped_rate(delta, options.delta_dtype) * delta, options.delta_dtype, "delta_scale")
         return _AllChunks(rule=rule, z=z, scaled=scaled.reshape(batch, n_full, *delta.shape[1:]), tokens=n)
@@ -535,12 +571,14 @@ class _AllChunks:
         batch, n_chunks, size, f = self.z.shape
         stacked = np.stack(versions[:n_chunks], axis=1).reshape(batch * n_chunks, -1, f)
         y = self.rule.apply(self.z.reshape(-1, size, f), FastWeight(stacked))
-        return y.reshape(batch, n_chunks * size, -1)[:, : self.tokens]
+        rows = slice(self.tokens)
+        z = self.z.reshape(batch, n_chunks * size, f)[:, rows]
+        return self.rule.with_frozen(y.reshape(batch, n_chunks * size, -1)[:, rows], z)
 
 
 @np.errstate(over="ignore")
 def parallel(weights: MlpWeights, options: TTTOptions, x: FloatArray, t: FloatArray) -> Outcome:
-    """All chunks at once, as in training: y (batch, n, d) and every version of the weight (batch, d, f).
+    """All chunks at once, as in training: y (batch, n, d) and every version of the weight (batch, u, f).
 
     The sum W_0 + E_0 + E_1 + ... is kept wide (float32, or float64 for float64 weights), and each partial sum is
     rounded where it is stored; the streaming form rounds the sum itself after every chunk.

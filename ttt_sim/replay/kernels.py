@@ -120,6 +120,8 @@ class OpCall:
 
     def rows_of(self, operand: Operand, span: Span) -> FloatArray:
         """The rows of ``span`` that ``operand`` holds."""
+        if operand.family == "carry_inputs":  # as targets, of which an op may touch some columns only
+            return operand.ending(self.open_rows)
         if operand.family.startswith("carry_"):
             return operand.last()
         begins_at = 0 if operand.family.startswith("joined_") or self._holds_all(operand) else self.open_rows
@@ -179,10 +181,11 @@ def _normed(x: FloatArray, gain: FloatArray, q: Format) -> FloatArray:
 
 
 def _linear(c: OpCall) -> Results:
-    """Inputs, perhaps in parts that follow one another, by a frozen weight (n, k)."""
+    """Inputs, perhaps in parts that follow one another, by a frozen weight (n, k), or those of its rows that are not
+    fast, the last n."""
     *parts, weight = c.reads
     x = np.concatenate([part.last() for part in parts], axis=1)
-    return [c.linear(x, weight.values, c.out())]
+    return [c.linear(x, weight.values[-c.column("n") :], c.out())]
 
 
 def _qk_norm(c: OpCall) -> Results:
@@ -239,8 +242,11 @@ def _attention(c: OpCall) -> Results:
 
 
 def _residual(c: OpCall) -> Results:
-    """The stream and what is added: one tensor, or the outputs of chunks that follow one another."""
+    """The stream and what is added: one tensor, or the outputs of chunks that follow one another and, beside them,
+    those of rows of a weight that are not fast."""
     stream, *pieces = c.reads
+    frozen = [piece.values for piece in pieces if piece.family == "frozen_out"]
+    pieces = [piece for piece in pieces if piece.family != "frozen_out"]
     parts = []
     for i, piece in enumerate(pieces):
         # Of an applied chunk, the rows of this call: those after the rows that were applied in earlier calls.
@@ -248,7 +254,7 @@ def _residual(c: OpCall) -> Results:
         old = c.open_rows if completes and c.open_rows + c.new_tokens >= c.settings.chunk_tokens else 0
         assert piece.rows is not None
         parts.append(piece.values[:, old : old + piece.rows])
-    return [stream.values + np.concatenate(parts, axis=1)]
+    return [stream.values + np.concatenate([np.concatenate(parts, axis=1), *frozen], axis=-1)]
 
 
 def _silu_mul(c: OpCall) -> Results:
@@ -257,7 +263,8 @@ def _silu_mul(c: OpCall) -> Results:
 
 
 def _fast_init(c: OpCall) -> Results:
-    return [np.repeat(c.reads[0].values[None], c.batch, axis=0)] * len(c.writes)
+    trained = c.reads[0].values[: c.writes[0].tensor.shape[1]]
+    return [np.repeat(trained[None], c.batch, axis=0)] * len(c.writes)
 
 
 def _fast_apply(c: OpCall) -> Results:
@@ -268,18 +275,21 @@ def _fast_apply(c: OpCall) -> Results:
 
 
 def _carry_append(c: OpCall) -> Results:
-    """Rows that are kept; a result that is overwritten in place is a ring, which drops its oldest rows."""
+    """Rows that are kept, of targets perhaps the first columns only; a result that is overwritten in place is a ring,
+    which drops its oldest rows."""
     n = len(c.writes)
     sources, old = c.reads[:n], c.reads[n:]
     out = []
     for i, (source, result) in enumerate(zip(sources, c.writes, strict=True)):
         assert result.rows is not None
+        columns = slice(result.tensor.shape[2])
         if result.tensor.in_place:
-            kept = np.concatenate([result.values, source.ending(result.rows)], axis=1)
+            kept = np.concatenate([result.values, source.ending(result.rows)[..., columns]], axis=1)
             out.append(kept[:, -result.tensor.shape[1] :])
         else:
-            before = old[i].last() if old else source.ending(0)
-            out.append(np.concatenate([before, source.ending(result.rows - before.shape[1])], axis=1))
+            before = old[i].last() if old else source.ending(0)[..., columns]
+            new = source.ending(result.rows - before.shape[1])[..., columns]
+            out.append(np.concatenate([before, new], axis=1))
     return out
 
 
@@ -287,7 +297,8 @@ def _target_conv(c: OpCall) -> Results:
     """Five taps over the rows of one chunk, zero outside it."""
     *sources, taps = c.reads
     begin, end = c.chunk_span()
-    rows = np.concatenate([c.rows_of(x, (begin, end)) for x in sources], axis=1)
+    columns = slice(taps.values.shape[0])
+    rows = np.concatenate([c.rows_of(x, (begin, end))[..., columns] for x in sources], axis=1)
     held = end - begin - rows.shape[1]  # rows of the chunk that are no longer needed
     first, last = c.fold() or (0, c.settings.chunk_tokens)
     padded = np.pad(rows, ((0, 0), (CONV_TAPS, CONV_TAPS), (0, 0)))
@@ -302,7 +313,7 @@ def _target_proj(c: OpCall) -> Results:
 
 
 def _outer(c: OpCall, values: Operand, hidden: Sequence[Operand], fmt: Format) -> FloatArray:
-    """(d, rows) by (rows, f) for every sequence."""
+    """(d or fast rows, rows) by (rows, f) for every sequence."""
     span = c.chunk_span()
     z = np.concatenate([c.rows_of(x, span) for x in hidden], axis=1)[:, : values.values.shape[1]]
     return c.product(values.values.transpose(0, 2, 1), z, fmt)
@@ -313,7 +324,7 @@ def _projected(c: OpCall, fmt: Format) -> FloatArray:
     outer, projection = c.reads[:2]
     b, d, f = outer.values.shape
     rows = outer.values.transpose(0, 2, 1).reshape(1, b * f, d)
-    return c.product(rows, projection.values[None], fmt).reshape(b, f, d).transpose(0, 2, 1)
+    return c.product(rows, projection.values[None], fmt).reshape(b, f, -1).transpose(0, 2, 1)
 
 
 def _delta_gemm(c: OpCall) -> Results:
@@ -343,7 +354,7 @@ def _with_shadow(c: OpCall, new: FloatArray) -> Results:
 def _delta_write(c: OpCall) -> Results:
     """The delta is accumulated into the weight without being stored."""
     wide = wide_format(c.q)
-    if c.reads[1].tensor.shape == c.reads[0].tensor.shape[1:2] * 2:
+    if c.reads[1].family == "ttt_proj":
         delta = _projected(c, wide)
     else:
         delta = _outer(c, c.reads[0], c.reads[1:-1], wide)

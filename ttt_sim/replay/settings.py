@@ -52,6 +52,7 @@ def decoder_shape(model: Model, settings: MethodSettings, dtype: str) -> Decoder
             own_targets=ttt.target == "hidden_states",
             dtype=q,
             fast_dtype=format_of(ttt.fast_dtype),
+            update_rows=ttt.update_rows,
         )
     return DecoderShape(
         n_layers=model.n_layers,

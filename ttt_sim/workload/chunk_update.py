@@ -16,6 +16,8 @@ from ttt_sim.workload.fast_state import (
     conv_lookahead,
     layer_weight_bytes,
     outer_first,
+    target_columns,
+    value_columns,
 )
 from ttt_sim.workload.transformer import Decoder
 
@@ -26,6 +28,11 @@ class ChunkUpdate:
 
     decoder: Decoder
     ttt: TTTSettings
+
+    @property
+    def fast_rows(self) -> int:
+        """Rows of the weight that change."""
+        return self.ttt.rows_of(self.decoder.model)
 
     @property
     def delta_dtype(self) -> str:
@@ -73,7 +80,7 @@ class ChunkUpdate:
     def emit_scan(self, s: Segment, chunk: Num) -> None:
         """P6: the deltas of all chips before this one, added to the trained weight."""
         before, total = self._delta_buffer(s, "delta_before"), self._delta_buffer(s, "delta_total")
-        elements = self.decoder.batch * self.decoder.model.d_model * self.decoder.model.d_ff
+        elements = self.decoder.batch * self.fast_rows * self.decoder.model.d_ff
         parallel = self.decoder.parallel
         s.op(
             "delta_scan", reads=[total], writes=[before], dtype=self.delta_dtype, m=elements, n=1, heads=parallel.cp,
@@ -91,7 +98,8 @@ class ChunkUpdate:
 
         A row enters the accumulator once the rows that its convolution looks ahead to are there.
         """
-        batch, d, f = self.decoder.batch, self.decoder.model.d_model, self.decoder.model.d_ff
+        model, batch, f = self.decoder.model, self.decoder.batch, self.decoder.model.d_ff
+        width = target_columns(model, self.ttt)
         full = after == self.ttt.chunk_tokens
         done = max(0, before - conv_lookahead(self.ttt))
         ready = after if full else max(0, after - conv_lookahead(self.ttt))
@@ -99,8 +107,8 @@ class ChunkUpdate:
         if not rows:
             return
         targets = _nonempty(
-            ("carry_targets", self.decoder.size(batch * min(before, CONV_TAPS - 1), d)),
-            (target, self.decoder.size(batch * (after - before), d)),
+            ("carry_targets", self.decoder.size(batch * min(before, CONV_TAPS - 1), width)),
+            (target, self.decoder.size(batch * (after - before), width)),
         )
         waiting = min(before - done, rows)
         hidden = _nonempty(
@@ -108,7 +116,8 @@ class ChunkUpdate:
             ("hidden", self.decoder.size(batch * (rows - waiting), f)),
         )
         values = self._target_values(s, rows, chunk, targets)
-        accumulator = ("accumulator", tensor_bytes(batch * d * f, ACCUMULATOR_DTYPE))
+        elements = batch * value_columns(model, self.ttt) * f
+        accumulator = ("accumulator", tensor_bytes(elements, ACCUMULATOR_DTYPE))
         old = [accumulator] if done else []  # the first rows of a chunk overwrite what the last chunk left
         self._product(s, "online_update", rows, chunk, [values, *hidden, *old], [accumulator])
         if full and outer_first(self.decoder.model, self.ttt):
@@ -122,35 +131,38 @@ class ChunkUpdate:
         return self.ttt.weight_write == "official" or self.ttt.clip is not None
 
     def _delta_buffer(self, s: Segment, name: str) -> Write:
-        shape = (self.decoder.batch, self.decoder.model.d_model, self.decoder.model.d_ff)
+        rows = self.decoder.model.d_model if name == "outer_delta" else self.fast_rows
+        shape = (self.decoder.batch, rows, self.decoder.model.d_ff)
         return s.buffer(name, shape, self.delta_dtype, Role.GRADIENT)
 
     def _target_values(self, s: Segment, rows: int, chunk: Num, targets: Sequence[Read]) -> Read:
         """U1 and, if the projection comes first, U2 on ``rows`` rows."""
         batch, d, dtype = self.decoder.batch, self.decoder.model.d_model, self.decoder.dtype
-        values = s.buffer("convolved_targets", (batch, rows, d), dtype, Role.GRADIENT)
+        width = target_columns(self.decoder.model, self.ttt)
+        values = s.buffer("convolved_targets", (batch, rows, width), dtype, Role.GRADIENT)
         s.op(
-            "target_conv", reads=[*targets, ("ttt_conv.weight", self.decoder.size(CONV_TAPS, d))], writes=[values],
-            dtype=dtype, m=batch * rows, n=d, phase=Phase.BACKWARD, chunk=chunk,
+            "target_conv", reads=[*targets, ("ttt_conv.weight", self.decoder.size(CONV_TAPS, width))], writes=[values],
+            dtype=dtype, m=batch * rows, n=width, phase=Phase.BACKWARD, chunk=chunk,
         )  # fmt: skip
         if not self.ttt.projection or outer_first(self.decoder.model, self.ttt):
             return values
-        projected = s.buffer("projected_targets", (batch, rows, d), dtype, Role.GRADIENT)
+        fast = self.fast_rows
+        projected = s.buffer("projected_targets", (batch, rows, fast), dtype, Role.GRADIENT)
         s.op(
-            "target_proj", reads=[values, ("ttt_proj.weight", self.decoder.size(d, d))], writes=[projected],
-            dtype=dtype, m=batch * rows, n=d, k=d, phase=Phase.BACKWARD, chunk=chunk,
+            "target_proj", reads=[values, ("ttt_proj.weight", self.decoder.size(d, fast))], writes=[projected],
+            dtype=dtype, m=batch * rows, n=fast, k=d, phase=Phase.BACKWARD, chunk=chunk,
         )  # fmt: skip
         return projected
 
     def _product(
         self, s: Segment, kind: str, rows: int, chunk: Num, reads: Sequence[Read], writes: Sequence[Write]
     ) -> None:
-        """(d, rows) by (rows, f) for every sequence."""
+        """(u, rows) by (rows, f) for every sequence, u the fast rows or, before a projection, d."""
         model, batch = self.decoder.model, self.decoder.batch
         fused = kind == "delta_write"
         s.op(
             kind, reads=reads, writes=writes, dtype=self.decoder.dtype,
-            batch=batch, m=model.d_model, n=model.d_ff, k=rows, chunk=chunk,
+            batch=batch, m=value_columns(model, self.ttt), n=model.d_ff, k=rows, chunk=chunk,
             phase=Phase.WEIGHT_WRITE if fused else Phase.BACKWARD, extra_lanes=self._scale_and_add if fused else 0,
         )  # fmt: skip
 
@@ -169,8 +181,8 @@ class ChunkUpdate:
         d, f = self.decoder.model.d_model, self.decoder.model.d_ff
         fused = kind == "delta_write"
         s.op(
-            kind, reads=[outer, ("ttt_proj.weight", self.decoder.size(d, d)), *old], writes=writes,
-            dtype=self.decoder.dtype, m=self.decoder.batch * f, n=d, k=d, chunk=chunk,
+            kind, reads=[outer, ("ttt_proj.weight", self.decoder.size(d, self.fast_rows)), *old], writes=writes,
+            dtype=self.decoder.dtype, m=self.decoder.batch * f, n=self.fast_rows, k=d, chunk=chunk,
             phase=Phase.WEIGHT_WRITE if fused else Phase.BACKWARD, extra_lanes=self._scale_and_add if fused else 0,
         )  # fmt: skip
 
@@ -182,7 +194,7 @@ class ChunkUpdate:
 
     @property
     def _scale_and_add(self) -> int:
-        return 2 * self.decoder.batch * self.decoder.model.d_model * self.decoder.model.d_ff
+        return 2 * self.decoder.batch * self.fast_rows * self.decoder.model.d_ff
 
     def _add_delta(self, s: Segment, chunk: Num, delta: Read) -> None:
         """U4 (with a clip), U5, U6: scale and add are one pass unless the variant is the released code's."""
@@ -217,7 +229,7 @@ class ChunkUpdate:
         self, s: Segment, kind: str, chunk: Num, reads: Sequence[Read], writes: Sequence[Write], *, scales: bool = False
     ) -> None:
         """One pass over the elements of a delta."""
-        m, f = self.decoder.batch * self.decoder.model.d_model, self.decoder.model.d_ff
+        m, f = self.decoder.batch * self.fast_rows, self.decoder.model.d_ff
         s.op(
             kind, reads=reads, writes=writes, dtype=self.delta_dtype, m=m, n=f, chunk=chunk,
             phase=Phase.WEIGHT_WRITE if kind == "weight_write" else Phase.BACKWARD, extra_lanes=m * f if scales else 0,

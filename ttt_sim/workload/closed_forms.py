@@ -30,13 +30,32 @@ def kv_bytes_per_token(model: Model, kv_dtype: str = "bf16") -> Fraction:
 
 
 def fast_weight_bytes(model: Model, ttt: TTTSettings) -> Fraction:
-    """Phi = s d f e_f."""
-    return len(ttt.layers_of(model)) * model.d_model * model.d_ff * element_bytes(ttt.fast_dtype)
+    """Phi = s u f e_f, where u rows of a weight are fast: d of them unless the settings say otherwise."""
+    return len(ttt.layers_of(model)) * _fast_elements(model, ttt) * element_bytes(ttt.fast_dtype)
+
+
+def _fast_elements(model: Model, ttt: TTTSettings) -> int:
+    """u f."""
+    return (model.d_model if ttt.update_rows is None else ttt.update_rows) * model.d_ff
+
+
+def _value_width(model: Model, ttt: TTTSettings) -> int:
+    """Columns of what is multiplied with hidden rows: u, or d before a projection."""
+    if ttt.projection and outer_comes_first(model, ttt, model.d_ff):
+        return model.d_model
+    return _fast_elements(model, ttt) // model.d_ff
+
+
+def _target_width(model: Model, ttt: TTTSettings) -> int:
+    """Columns of targets that an update needs: d that a projection mixes, or u."""
+    return model.d_model if ttt.projection or ttt.update_rows is None else ttt.update_rows
 
 
 def official_carry_bytes(model: Model, ttt: TTTSettings, dtype: str = "bf16") -> Fraction:
-    """2 s (C - 1) d e_a: inputs and targets of an open chunk that lacks one token."""
-    return 2 * len(ttt.layers_of(model)) * (ttt.chunk_tokens - 1) * model.d_model * element_bytes(dtype)
+    """2 s (C - 1) d e_a: inputs and targets of an open chunk that lacks one token; without projection, u columns of
+    the targets."""
+    width = model.d_model + _target_width(model, ttt)
+    return len(ttt.layers_of(model)) * (ttt.chunk_tokens - 1) * width * element_bytes(dtype)
 
 
 # --- crossovers, in tokens --------------------------------------------------------------------------------------------
@@ -80,19 +99,20 @@ def traffic_crossover(
 
 
 def flop_crossover(model: Model, ttt: TTTSettings, window_tokens: int, parallel: Parallel = ONE_CHIP) -> Fraction:
-    """T_flop = 2 w + s d (d + f) / (L H h): equal prefill FLOPs, for contexts much longer than the window.
+    """T_flop = 2 w + s u (d + f) / (L H h): equal prefill FLOPs, for contexts much longer than the window.
 
-    d f / C in place of d where the outer product comes first, 0 without projection. Of a system: tp d, since tp chips
-    project the same targets, and all of cp chips count as the last, whose tokens see all before them, (2 cp - 1) / cp
-    times the mean of full attention.
+    d (u f / C + f) in place of u (d + f) where the outer product comes first, u f without projection. Of a system:
+    tp d, since tp chips project the same targets, and all of cp chips count as the last, whose tokens see all before
+    them, (2 cp - 1) / cp times the mean of full attention.
     """
-    d, f = model.d_model, model.d_ff
-    projected = Fraction(0)
-    if ttt.projection:
-        outer = outer_comes_first(ttt, Fraction(f, parallel.tp))
-        projected = Fraction(d * f, ttt.chunk_tokens) if outer else Fraction(parallel.tp * d)
-    update = len(ttt.layers_of(model)) * d * (projected + f)
-    mean = window_tokens + update / (2 * model.n_layers * model.n_heads * model.head_dim)
+    d, f, fast = model.d_model, model.d_ff, _fast_elements(model, ttt)
+    update = Fraction(fast)
+    if ttt.projection and outer_comes_first(model, ttt, Fraction(f, parallel.tp)):
+        update = d * (Fraction(fast, ttt.chunk_tokens) + f)
+    elif ttt.projection:
+        update += Fraction(parallel.tp * d * fast, f)
+    extra = len(ttt.layers_of(model)) * update
+    mean = window_tokens + extra / (2 * model.n_layers * model.n_heads * model.head_dim)
     return Fraction(2 * parallel.cp, 2 * parallel.cp - 1) * mean
 
 
@@ -138,26 +158,33 @@ def attention_flops(model: Model, tokens: int, before: int = 0, window_tokens: i
     return 4 * model.n_heads * model.head_dim * model.n_layers * pairs
 
 
-def outer_comes_first(ttt: TTTSettings, columns: Fraction | int) -> bool:
-    """Whether a delta of that many hidden columns is projected after its outer product."""
-    return ttt.contraction == "outer_first" or (ttt.contraction == "auto" and ttt.chunk_tokens >= columns)
+def outer_comes_first(model: Model, ttt: TTTSettings, columns: Fraction | int) -> bool:
+    """Whether a delta of that many hidden columns x is projected after its outer product: the cheaper order from
+    C = d u x / (u (d + x) - d x) tokens on, which is x where u = d; never where d x is no less than u (d + x)."""
+    if ttt.contraction != "auto":
+        return ttt.contraction == "outer_first"
+    d, rows = model.d_model, _fast_elements(model, ttt) // model.d_ff
+    saved = rows * (d + columns) - d * columns
+    return saved > 0 and ttt.chunk_tokens >= d * rows * Fraction(columns) / saved
 
 
 def update_flops(model: Model, ttt: TTTSettings) -> int:
-    """F_upd of one chunk, one layer, one sequence: 10 C d + 2 C d^2 + 2 C d f.
+    """F_upd of one chunk, one layer, one sequence: 10 C d + 2 C d u + 2 C u f; 10 C u + 2 C u f without projection.
 
-    The projection is 2 d^2 f where the outer product comes first, and 0 where there is none.
+    10 C d + 2 C d f + 2 d u f where the outer product comes first.
     """
-    chunk, d, f = ttt.chunk_tokens, model.d_model, model.d_ff
-    projection = 0
-    if ttt.projection:
-        projection = 2 * d * d * (f if outer_comes_first(ttt, f) else chunk)
-    return 10 * chunk * d + projection + 2 * chunk * d * f
+    chunk, d, f, fast = ttt.chunk_tokens, model.d_model, model.d_ff, _fast_elements(model, ttt)
+    convolution = 10 * chunk * _target_width(model, ttt)
+    if not ttt.projection:
+        return convolution + 2 * chunk * fast
+    if outer_comes_first(model, ttt, f):
+        return convolution + 2 * chunk * d * f + 2 * d * fast
+    return convolution + 2 * chunk * d * (fast // f) + 2 * chunk * fast
 
 
 def update_lane_ops(model: Model, ttt: TTTSettings) -> int:
-    """Scale and add, 2 d f; with a clip the norm as well, 4 d f."""
-    return (2 if ttt.clip is None else 4) * model.d_model * model.d_ff
+    """Scale and add, 2 u f; with a clip the norm as well, 4 u f."""
+    return (2 if ttt.clip is None else 4) * _fast_elements(model, ttt)
 
 
 def update_share(model: Model, ttt: TTTSettings) -> Fraction:
@@ -172,8 +199,9 @@ def mlp_update_share(model: Model) -> Fraction:
 
 
 def boundary_flops(model: Model, ttt: TTTSettings) -> int:
-    """Extra FLOPs of the decode step that completes a chunk, official: s (6 C d f + F_upd), the MLP computed again."""
-    again = 6 * ttt.chunk_tokens * model.d_model * model.d_ff
+    """Extra FLOPs of the decode step that completes a chunk, official: s (C (4 d f + 2 u f) + F_upd), the MLP computed
+    again but for the frozen rows of its down projection."""
+    again = ttt.chunk_tokens * (4 * model.d_model * model.d_ff + 2 * _fast_elements(model, ttt))
     return len(ttt.layers_of(model)) * (again + update_flops(model, ttt))
 
 
@@ -192,13 +220,16 @@ class WriteBytes(NamedTuple):
     written: Fraction
 
 
-def weight_write_bytes(model: Model, fast_dtype: str, variant: WeightWrite) -> WriteBytes:
+def weight_write_bytes(
+    model: Model, fast_dtype: str, variant: WeightWrite, update_rows: int | None = None
+) -> WriteBytes:
     """The weight-write variants, from what the delta GEMM writes to the new weight; a delta has the weight's format.
 
-    ``official``: reads d f (2 e_g + e_f), writes the same. ``fused``, ``tile_wise``, ``resident``: d f e_f each way
-    (resident: on chip). ``master``: reads the fp32 master, writes it and the shadow.
+    ``official``: reads u f (2 e_g + e_f), writes the same. ``fused``, ``tile_wise``, ``resident``: u f e_f each way
+    (resident: on chip). ``master``: reads the fp32 master, writes it and the shadow. u: ``update_rows``, or d.
     """
-    elements, e_f = model.d_model * model.d_ff, element_bytes(fast_dtype)
+    elements = (model.d_model if update_rows is None else update_rows) * model.d_ff
+    e_f = element_bytes(fast_dtype)
     if variant == "official":
         return WriteBytes(elements * 3 * e_f, elements * 3 * e_f)
     if variant == "master":
@@ -243,15 +274,17 @@ def decode_bytes_ttt(
     kv_dtype: str = "bf16",
 ) -> Fraction:
     """The same with fast weights: W_all less the frozen weights that they replace, + B Phi + B min(T, w) kappa."""
-    replaced = len(ttt.layers_of(model)) * model.d_model * model.d_ff * element_bytes(dtype)
+    replaced = len(ttt.layers_of(model)) * _fast_elements(model, ttt) * element_bytes(dtype)
     seen = tokens if window_tokens is None else min(tokens, window_tokens)
     weights = step_weight_bytes(model, dtype) - replaced + batch * fast_weight_bytes(model, ttt)
     return weights + batch * seen * kv_bytes_per_token(model, kv_dtype)
 
 
 def official_carry_traffic(model: Model, ttt: TTTSettings, dtype: str = "bf16") -> WriteBytes:
-    """Mean bytes per decoded token that copying the open chunk moves: s (C - 1) d e_a read, s (C + 1) d e_a written."""
-    row = len(ttt.layers_of(model)) * model.d_model * element_bytes(dtype)
+    """Mean bytes per decoded token that copying the open chunk moves: s (C - 1) d e_a read, s (C + 1) d e_a written;
+    half of them are targets, u columns of which are kept without projection."""
+    width = Fraction(model.d_model + _target_width(model, ttt), 2)
+    row = len(ttt.layers_of(model)) * width * element_bytes(dtype)
     return WriteBytes((ttt.chunk_tokens - 1) * row, (ttt.chunk_tokens + 1) * row)
 
 
@@ -495,25 +528,26 @@ def state_bytes(
 
 
 def factor_log_bytes(model: Model, ttt: TTTSettings, tokens: int, dtype: str = "bf16") -> Fraction:
-    """s n (d + f) e: values and hidden rows of n tokens."""
-    return len(ttt.layers_of(model)) * tokens * (model.d_model + model.d_ff) * element_bytes(dtype)
+    """s n (u + f) e: values and hidden rows of n tokens; d columns of values that are projected later."""
+    width = _value_width(model, ttt) + model.d_ff
+    return len(ttt.layers_of(model)) * tokens * width * element_bytes(dtype)
 
 
 def replay_bytes(model: Model, ttt: TTTSettings, chunks: int, *, batch: int = 1, dtype: str = "bf16") -> WriteBytes:
     """Replay of fused updates from logged factors: the trained weight once, then each chunk's factors and the weight;
     read and written."""
-    trained = len(ttt.layers_of(model)) * model.d_model * model.d_ff * element_bytes(dtype)
+    trained = len(ttt.layers_of(model)) * _fast_elements(model, ttt) * element_bytes(dtype)
     weight, logged = fast_weight_bytes(model, ttt), factor_log_bytes(model, ttt, chunks * ttt.chunk_tokens, dtype)
     return WriteBytes(trained + batch * (logged + chunks * weight), batch * (1 + chunks) * weight)
 
 
 def replay_flops(model: Model, ttt: TTTSettings, chunks: int) -> int:
-    """s n 2 C d f: the delta products alone."""
-    return len(ttt.layers_of(model)) * chunks * 2 * ttt.chunk_tokens * model.d_model * model.d_ff
+    """s n 2 C u f: the delta products alone; d for u where they come before the projection."""
+    return len(ttt.layers_of(model)) * chunks * 2 * ttt.chunk_tokens * _value_width(model, ttt) * model.d_ff
 
 
 def subtract_bytes(model: Model, ttt: TTTSettings) -> WriteBytes:
-    """s d f (e_g + e_f) read and s d f e_f written: a kept delta taken off the weight; a delta has its format."""
+    """s u f (e_g + e_f) read and s u f e_f written: a kept delta taken off the weight; a delta has its format."""
     weight = fast_weight_bytes(model, ttt)
     return WriteBytes(2 * weight, weight)
 
@@ -523,20 +557,24 @@ def form_bytes(
 ) -> Fraction:
     """Bytes of weights and history that the down projections of all TTT layers read in one decode step.
 
-    ``merged`` B Phi; ``split`` s d f e + B Phi; ``kernel`` s d f e + B s n (d + f) e.
+    ``merged`` s (d - u) f e + B Phi; ``split`` s d f e + B Phi; ``kernel`` s d f e + B s n (u + f) e.
     """
-    trained = len(ttt.layers_of(model)) * model.d_model * model.d_ff * element_bytes(dtype)
+    whole, n_layers = model.d_model * model.d_ff, len(ttt.layers_of(model))
+    trained = n_layers * whole * element_bytes(dtype)
     if form == "merged":
-        return batch * fast_weight_bytes(model, ttt)
+        frozen = n_layers * (whole - _fast_elements(model, ttt)) * element_bytes(dtype)
+        return frozen + batch * fast_weight_bytes(model, ttt)
     if form == "split":
         return trained + batch * fast_weight_bytes(model, ttt)
-    return trained + batch * factor_log_bytes(model, ttt, history_tokens, dtype)
+    width = _fast_elements(model, ttt) // model.d_ff + model.d_ff
+    return trained + batch * n_layers * history_tokens * width * element_bytes(dtype)
 
 
 def form_flops(model: Model, ttt: TTTSettings, form: str, *, batch: int, history_tokens: int = 0) -> int:
-    """The same products: 2 B d f each; of the history 2 B n (d + f)."""
-    dense = 2 * model.d_model * model.d_ff
-    change = {"merged": 0, "split": dense, "kernel": 2 * history_tokens * (model.d_model + model.d_ff)}[form]
+    """The same products: 2 B d f, of the change 2 B u f, of the history 2 B n (u + f)."""
+    dense, fast = 2 * model.d_model * model.d_ff, _fast_elements(model, ttt)
+    history = 2 * history_tokens * (fast // model.d_ff + model.d_ff)
+    change = {"merged": 0, "split": 2 * fast, "kernel": history}[form]
     return batch * len(ttt.layers_of(model)) * (dense + change)
 
 

@@ -48,34 +48,51 @@ def own_targets(ttt: TTTSettings) -> bool:
 
 
 def outer_first(model: Model, ttt: TTTSettings) -> bool:
-    """The outer product of targets and hidden rows comes before the projection: the cheaper order where C >= d_ff."""
-    if not ttt.projection:
+    """The outer product of targets and hidden rows comes before the projection.
+
+    The cheaper order where C u (d + f) >= d f (C + u), u rows of a weight being fast: C >= f if all of them are. The
+    projection mixes columns of targets, so the outer product then has all d rows.
+    """
+    if not ttt.projection or ttt.contraction == "project_first":
         return False
-    return ttt.contraction == "outer_first" or (ttt.contraction == "auto" and ttt.chunk_tokens >= model.d_ff)
+    chunk, d, f, rows = ttt.chunk_tokens, model.d_model, model.d_ff, ttt.rows_of(model)
+    return ttt.contraction == "outer_first" or chunk * rows * (d + f) >= d * f * (chunk + rows)
+
+
+def target_columns(model: Model, ttt: TTTSettings) -> int:
+    """Columns of the targets that an update needs: all that a projection mixes, or one for each fast row."""
+    return model.d_model if ttt.projection else ttt.rows_of(model)
+
+
+def value_columns(model: Model, ttt: TTTSettings) -> int:
+    """Columns of the values that are multiplied with hidden rows: before the projection if that comes later."""
+    return model.d_model if outer_first(model, ttt) else ttt.rows_of(model)
 
 
 def carry_buffers(model: Model, ttt: TTTSettings, dtype: str) -> tuple[CarryBuffer, ...]:
     """Buffers of the open chunk; activations have ``dtype``. Empty ones are left out."""
-    rows, d, f = ttt.chunk_tokens - 1, model.d_model, model.d_ff
+    rows, d, f, width = ttt.chunk_tokens - 1, model.d_model, model.d_ff, target_columns(model, ttt)
     shared = not own_targets(ttt)
     if ttt.carry == "online":
         span, pending = min(rows, CONV_TAPS - 1), min(rows, conv_lookahead(ttt))
         buffers = [
-            CarryBuffer(name="carry_targets", rows=span, width=d, dtype=dtype, shared=shared),
+            CarryBuffer(name="carry_targets", rows=span, width=width, dtype=dtype, shared=shared),
             CarryBuffer(name="carry_hidden", rows=pending, width=f, dtype=dtype),
-            CarryBuffer(name="accumulator", rows=d if rows else 0, width=f, dtype=ACCUMULATOR_DTYPE),
+            CarryBuffer(
+                name="accumulator", rows=value_columns(model, ttt) if rows else 0, width=f, dtype=ACCUMULATOR_DTYPE
+            ),
         ]
     elif ttt.carry == "keep_z":
         buffers = [
             CarryBuffer(name="carry_hidden", rows=rows, width=f, dtype=dtype),
-            CarryBuffer(name="carry_targets", rows=rows, width=d, dtype=dtype, shared=shared),
+            CarryBuffer(name="carry_targets", rows=rows, width=width, dtype=dtype, shared=shared),
         ]
     else:
         buffers = [CarryBuffer(name="carry_inputs", rows=rows, width=d, dtype=dtype)]
         if ttt.carry == "official":
-            buffers.append(CarryBuffer(name="carry_targets", rows=rows, width=d, dtype=dtype))
+            buffers.append(CarryBuffer(name="carry_targets", rows=rows, width=width, dtype=dtype))
         elif shared:
-            buffers.append(CarryBuffer(name="carry_targets", rows=rows, width=d, dtype=dtype, shared=True))
+            buffers.append(CarryBuffer(name="carry_targets", rows=rows, width=width, dtype=dtype, shared=True))
     return tuple(buffer for buffer in buffers if buffer.rows)
 
 
@@ -87,7 +104,7 @@ def carry_bytes(model: Model, ttt: TTTSettings, dtype: str) -> int:
 
 def layer_weight_bytes(model: Model, ttt: TTTSettings) -> dict[str, int]:
     """Bytes of each fast tensor of one layer and sequence."""
-    elements = model.d_model * model.d_ff
+    elements = ttt.rows_of(model) * model.d_ff
     weights = {"fast_weight": tensor_bytes(elements, ttt.fast_dtype)}
     if ttt.weight_write == "master":
         weights["fast_master"] = tensor_bytes(elements, MASTER_DTYPE)

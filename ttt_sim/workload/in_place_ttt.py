@@ -14,6 +14,9 @@ computed before is one product in the released code, so it has phase RECOMPUTE a
 reads it in place. ``keep_z`` and ``online`` recompute and pad nothing: a weight is applied to new rows only. Rows that
 are appended are counted where they are written, not as read once more; an official decode step reads 2 r d and writes 2
 (r + 1) d elements per layer.
+
+With ``update_rows`` only the first rows of the down projection are fast. The others are a product that all sequences
+share, once per call and on its new rows only.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from ttt_sim.workload.fast_state import (
     carry_bytes,
     fast_weight_bytes,
     own_targets,
+    target_columns,
 )
 from ttt_sim.workload.kv_cache import DEFAULT_KV_DTYPE, DEFAULT_WINDOW_TOKENS
 from ttt_sim.workload.method import Method, State
@@ -68,6 +72,10 @@ class InPlaceMlp:
         return self._update.weights()
 
     @property
+    def _target_width(self) -> int:
+        return target_columns(self.decoder.model, self.ttt)
+
+    @property
     def _target(self) -> str:
         return "mlp_normed" if own_targets(self.ttt) else "first"
 
@@ -83,14 +91,16 @@ class InPlaceMlp:
 
     def declare(self, builder: TraceBuilder) -> None:
         model, batch, dtype = self.decoder.model, self.decoder.batch, self.decoder.dtype
-        d, f = model.d_model, model.d_ff
-        builder.declare("ttt_conv.weight", (d, CONV_TAPS), dtype, Role.WEIGHT, layers=self.layers, initial_version=0)
+        rows = self._update.fast_rows
+        weights = {"ttt_conv": (self._target_width, CONV_TAPS)}
         if self.ttt.projection:
-            builder.declare("ttt_proj.weight", (d, d), dtype, Role.WEIGHT, layers=self.layers, initial_version=0)
+            weights["ttt_proj"] = (model.d_model, rows)
+        for name, shape in weights.items():
+            builder.declare(f"{name}.weight", shape, dtype, Role.WEIGHT, layers=self.layers, initial_version=0)
         for name, size in self.weights:
             weight_dtype = MASTER_DTYPE if name == "fast_master" else self.ttt.fast_dtype
             builder.declare(
-                name, (batch, d, f), weight_dtype, Role.FAST_WEIGHT, layers=self.layers, size=int(size),
+                name, (batch, rows, model.d_ff), weight_dtype, Role.FAST_WEIGHT, layers=self.layers, size=int(size),
                 initial_version=-1 if self.from_empty else 0, in_place=True,
             )  # fmt: skip
         for buffer in carry_buffers(model, self.ttt, dtype):
@@ -117,10 +127,10 @@ class InPlaceMlp:
 
     def _init_weights(self, s: Segment) -> None:
         """C3: every sequence starts from a copy of the trained weight."""
-        d, f = self.decoder.model.d_model, self.decoder.model.d_ff
+        rows, f = self._update.fast_rows, self.decoder.model.d_ff
         s.op(
-            "fast_init", reads=[("down_proj.weight", self.decoder.size(d, f))], writes=self.weights,
-            dtype=self.ttt.fast_dtype, m=self.decoder.batch * d, n=f,
+            "fast_init", reads=[("down_proj.weight", self.decoder.size(rows, f))], writes=self.weights,
+            dtype=self.ttt.fast_dtype, m=self.decoder.batch * rows, n=f,
         )  # fmt: skip
 
     def _emit_open(self, s: Segment) -> list[Read]:
@@ -130,8 +140,7 @@ class InPlaceMlp:
         rows_in, d = self.decoder.batch * m, self.decoder.model.d_model
         if self.ttt.carry == "official":
             old = open_rows if open_rows.any() else 0
-            size = self._rows(open_rows + m, d)
-            self._concat(s, old, [("carry_inputs", size), ("carry_targets", size)])
+            self._concat(s, old, self._carried(open_rows + m))
         self.decoder.emit_hidden(s, m, [("mlp_normed", self.decoder.size(rows_in, d))], Phase.FORWARD)
         self._apply(s, chunk, m, Phase.FORWARD)
         if self.ttt.carry == "online":
@@ -139,7 +148,7 @@ class InPlaceMlp:
             self._update.emit_fold(s, chunk, before=before, after=before + m, target=self._target)
         if self.ttt.carry != "official":
             self._keep(s, shared=False)
-        return [("fast_out", self._rows(m, d))]
+        return [("fast_out", self._rows(m, self._update.fast_rows)), *self._frozen(s)]
 
     def _emit_chunks(self, s: Segment, open_rows: int) -> list[Read]:
         """A call that completes ``n_full`` chunks, the first of them with ``open_rows`` rows from before."""
@@ -148,8 +157,10 @@ class InPlaceMlp:
         first_chunk = s.run.positions // size
         joined = self.ttt.carry == "official" and open_rows > 0
         if joined:
-            shape, dtype = (self.decoder.batch, total, d), self.decoder.dtype
-            joined_rows = [s.buffer(name, shape, dtype) for name in ("joined_inputs", "joined_targets")]
+            widths = {"joined_inputs": d, "joined_targets": self._target_width}
+            joined_rows = [
+                s.buffer(name, (self.decoder.batch, total, width), self.decoder.dtype) for name, width in widths.items()
+            ]
             self._concat(s, open_rows, joined_rows)
         if self._recomputes:
             inputs: list[Read] = [("joined_inputs", self._rows(total, d))]
@@ -159,7 +170,7 @@ class InPlaceMlp:
         else:
             self.decoder.emit_hidden(s, m, [("mlp_normed", self._rows(m, d))], Phase.FORWARD)
 
-        n_chunks = ceil_div(total, size)
+        n_chunks, rows_out = ceil_div(total, size), self._update.fast_rows
         added: list[Read] = []
         for i in range(n_chunks):
             old = open_rows if i == 0 else 0  # rows of this chunk from before the call
@@ -168,7 +179,7 @@ class InPlaceMlp:
             again = self._recomputes and old > 0
             rows = size if self._recomputes else new
             self._apply(s, chunk, rows, Phase.RECOMPUTE if again else Phase.FORWARD)
-            added.append(("fast_out", self._rows(new, d), n_chunks - 1 - i))
+            added.append(("fast_out", self._rows(new, rows_out), n_chunks - 1 - i))
             if self.ttt.carry == "online" and (old or old + new < size):
                 self._update.emit_fold(s, chunk, before=old, after=old + new, target=self._target)
             elif old + new == size:
@@ -177,7 +188,7 @@ class InPlaceMlp:
             self._save_tail(s, total % size)
         else:
             self._keep(s, shared=False)
-        return added
+        return [*added, *self._frozen(s)]
 
     def _emit_shared_prompt(self, s: Segment) -> list[Read]:
         """The last chip's part of a prompt that a context-parallel group shares (the algorithm of the paper).
@@ -195,23 +206,23 @@ class InPlaceMlp:
         self.decoder.emit_hidden(s, m, [("mlp_normed", self._rows(m, d))], Phase.FORWARD)
         first, n_chunks = s.run.positions // size, m // size
         for i in range(n_chunks):
-            targets: list[Read] = [(self._target, self._rows(size, d))]
+            targets: list[Read] = [(self._target, self._rows(size, self._target_width))]
             self._update.emit_own_delta(s, first + i, targets, [("hidden", self._rows(size, f))], first=i == 0)
         self._update.emit_scan(s, first)
         added: list[Read] = []
         for i in range(n_chunks):
             self._apply(s, first + i, size, Phase.FORWARD)
-            added.append(("fast_out", self._rows(size, d), n_chunks - 1 - i))
+            added.append(("fast_out", self._rows(size, self._update.fast_rows), n_chunks - 1 - i))
             self._update.emit_write(s, first + i, ago=n_chunks - 1 - i)
-        return added
+        return [*added, *self._frozen(s)]
 
     def _emit_update(self, s: Segment, chunk: Num, old: int, new: int, joined: bool) -> None:
         """The update from a chunk of ``old`` rows from before the call and ``new`` rows of it."""
-        d, f = self.decoder.model.d_model, self.decoder.model.d_ff
+        width, f = self._target_width, self.decoder.model.d_ff
         kept_targets = "carry_inputs" if self.ttt.carry == "ring" and own_targets(self.ttt) else "carry_targets"
-        targets: list[Read] = [("joined_targets", self._rows(old + new, d))]
+        targets: list[Read] = [("joined_targets", self._rows(old + new, width))]
         if not joined:
-            targets = self._split(kept_targets, self._target, d, old, new)
+            targets = self._split(kept_targets, self._target, width, old, new)
         hidden: list[Read] = [("hidden", self._rows(old + new, f))]
         if not self._recomputes:
             hidden = self._split("carry_hidden", "hidden", f, old, new)
@@ -219,26 +230,40 @@ class InPlaceMlp:
 
     def _apply(self, s: Segment, chunk: Num, rows: int, phase: Phase) -> None:
         """F14 with the weight of each sequence, on ``rows`` rows of each."""
-        batch, d, f = self.decoder.batch, self.decoder.model.d_model, self.decoder.model.d_ff
+        batch, n, f = self.decoder.batch, self._update.fast_rows, self.decoder.model.d_ff
         weight = next(weight for weight in self.weights if weight[0] == "fast_weight")
         s.op(
             "fast_apply", reads=[("hidden", self._rows(rows, f)), weight],
-            writes=[s.buffer("fast_out", (batch, rows, d), self.decoder.dtype)],
-            dtype=self.decoder.dtype, batch=batch, m=rows, n=d, k=f, phase=phase, chunk=chunk,
+            writes=[s.buffer("fast_out", (batch, rows, n), self.decoder.dtype)],
+            dtype=self.decoder.dtype, batch=batch, m=rows, n=n, k=f, phase=phase, chunk=chunk,
         )  # fmt: skip
+
+    def _frozen(self, s: Segment) -> list[Read]:
+        """F14 with the rows of the weight that stay as trained, if any, on the new rows of all sequences together."""
+        m, f = s.run.tokens, self.decoder.model.d_ff
+        n = self.decoder.model.d_model - self._update.fast_rows
+        if not n:
+            return []
+        out = s.buffer("frozen_out", (self.decoder.batch, m, n), self.decoder.dtype)
+        self.decoder.project(s, "down_proj", [("hidden", self._rows(m, f))], out, n=n, k=f)
+        return [out]
 
     def _concat(self, s: Segment, old: Num, writes: Sequence[Write]) -> None:
         """C1, official: copy ``old`` open rows and the new ones into new buffers."""
         reads: list[Read] = [("mlp_normed", 0), (self._target, 0)]
         if not isinstance(old, int) or old:
-            reads += [(name, self._rows(old, self.decoder.model.d_model)) for name in ("carry_inputs", "carry_targets")]
+            reads += self._carried(old)
         self._append(s, reads, writes)
 
     def _save_tail(self, s: Segment, rows: int) -> None:
         """C1, official: copy the rows after the last full chunk, or the whole call would have to be kept for them."""
         if rows:
-            size = self._rows(rows, self.decoder.model.d_model)
-            self._append(s, [("mlp_normed", 0), (self._target, 0)], [("carry_inputs", size), ("carry_targets", size)])
+            self._append(s, [("mlp_normed", 0), (self._target, 0)], self._carried(rows))
+
+    def _carried(self, rows: Num) -> list[Write]:
+        """Official: ``rows`` open rows in the buffers that hold them."""
+        widths = {"carry_inputs": self.decoder.model.d_model, "carry_targets": self._target_width}
+        return [(name, self._rows(rows, width)) for name, width in widths.items()]
 
     def _keep(self, s: Segment, *, shared: bool) -> None:
         """C1 without copies: new rows of the open chunk go to the buffers that layers share, or to the layer's own."""

@@ -22,7 +22,7 @@ from ttt_sim.units import ceil_div
 from ttt_sim.workload.attention import kept_tokens, kv_token_bytes
 from ttt_sim.workload.builder import Read, Run, Segment, TraceBuilder, Write
 from ttt_sim.workload.chunk_update import ChunkUpdate
-from ttt_sim.workload.fast_state import MASTER_DTYPE, carry_buffers, layer_weight_bytes, outer_first
+from ttt_sim.workload.fast_state import MASTER_DTYPE, carry_buffers, layer_weight_bytes, outer_first, value_columns
 from ttt_sim.workload.kv_forms import TABLE_ENTRY_BYTES, PagedOptions
 from ttt_sim.workload.transformer import Decoder
 
@@ -272,7 +272,8 @@ def restore(held: Held) -> Trace | None:
 
 def subtract(held: Held) -> Trace | None:
     """Rollback 2: the delta of the last chunk, which was kept, is scaled and subtracted."""
-    ops, elements = _Ops(held), held.batch * held.model.d_model * held.model.d_ff
+    rows = held.batch * held.update.fast_rows
+    ops, elements = _Ops(held), rows * held.model.d_ff
     dtype = held.update.delta_dtype
     delta = ops.there(
         Buffer(
@@ -285,7 +286,7 @@ def subtract(held: Held) -> Trace | None:
     weights = held.update.weights()
     ops.segment(held.ttt_layers).op(
         "weight_write", reads=[delta, weights[0]], writes=weights, dtype=dtype,
-        m=held.batch * held.model.d_model, n=held.model.d_ff, phase=Phase.WEIGHT_WRITE, extra_lanes=elements,
+        m=rows, n=held.model.d_ff, phase=Phase.WEIGHT_WRITE, extra_lanes=elements,
     )  # fmt: skip
     return ops.trace("subtract")
 
@@ -311,16 +312,16 @@ def replay_factors(held: Held, chunks: int) -> Trace | None:
 def factor_bytes(held: Held) -> tuple[int, int]:
     """Bytes of the factors of a chunk, one layer, all sequences: values, hidden rows."""
     rows = held.batch * held.ttt.chunk_tokens
-    return held.decoder.size(rows, held.model.d_model), held.decoder.size(rows, held.model.d_ff)
+    return held.decoder.size(rows, value_columns(held.model, held.ttt)), held.decoder.size(rows, held.model.d_ff)
 
 
 def _emit_logged(ops: _Ops, chunks: Iterable[int]) -> None:
     """Updates from a log."""
     held = ops.held
     if outer_first(held.model, held.ttt):
-        d = held.model.d_model
+        shape = (held.model.d_model, held.update.fast_rows)
         ops.builder.declare(
-            "ttt_proj.weight", (d, d), held.dtype, Role.WEIGHT, layers=held.ttt_layers, initial_version=0
+            "ttt_proj.weight", shape, held.dtype, Role.WEIGHT, layers=held.ttt_layers, initial_version=0
         )
     values_bytes, hidden_bytes = factor_bytes(held)
     segment = ops.segment(held.ttt_layers)
@@ -340,12 +341,13 @@ def _emit_logged(ops: _Ops, chunks: Iterable[int]) -> None:
 def _emit_init(ops: _Ops) -> None:
     """C3: the weight of every sequence becomes a copy of the trained one."""
     held, d, f = ops.held, ops.held.model.d_model, ops.held.model.d_ff
+    rows = held.update.fast_rows
     for weight in weight_buffers(held):
         ops.there(weight)
     ops.builder.declare("down_proj.weight", (d, f), held.dtype, Role.WEIGHT, layers=held.ttt_layers, initial_version=0)
     ops.segment(held.ttt_layers).op(
-        "fast_init", reads=[("down_proj.weight", held.decoder.size(d, f))], writes=held.update.weights(),
-        dtype=held.ttt.fast_dtype, m=held.batch * d, n=f,
+        "fast_init", reads=[("down_proj.weight", held.decoder.size(rows, f))], writes=held.update.weights(),
+        dtype=held.ttt.fast_dtype, m=held.batch * rows, n=f,
     )  # fmt: skip
 
 
@@ -470,7 +472,9 @@ def apply_step(held: Held, form: Form, history_tokens: int = 0) -> Trace:
     """The MLPs of the TTT layers in one decode step, with weights that hold ``history_tokens`` tokens of updates."""
     ops, decoder, batch = _Ops(held), held.decoder, held.batch
     d, f, dtype, layers = held.model.d_model, held.model.d_ff, held.dtype, held.ttt_layers
-    weights = {"gate_proj": (f, d), "up_proj": (f, d)} | ({} if form == "merged" else {"down_proj": (d, f)})
+    fast = held.update.fast_rows
+    trained_rows = d - fast if form == "merged" else d
+    weights = {"gate_proj": (f, d), "up_proj": (f, d)} | ({"down_proj": (trained_rows, f)} if trained_rows else {})
     for name, shape in weights.items():
         ops.builder.declare(f"{name}.weight", shape, dtype, Role.WEIGHT, layers=layers, initial_version=0)
     inputs = ("mlp_normed", decoder.size(batch, d))
@@ -478,26 +482,28 @@ def apply_step(held: Held, form: Form, history_tokens: int = 0) -> Trace:
     s = ops.segment(layers)
     decoder.emit_hidden(s, 1, [inputs], Phase.FORWARD)
     hidden: Read = ("hidden", decoder.size(batch, f))
-    out = s.buffer("fast_out", (batch, 1, d), dtype)
     so_far: list[Read] = []
+    if trained_rows:
+        whole = s.buffer("frozen_out" if form == "merged" else "fast_out", (batch, 1, trained_rows), dtype)
+        trained = ("down_proj.weight", decoder.size(trained_rows, f))
+        s.op("down_proj", reads=[hidden, trained], writes=[whole], dtype=dtype, m=batch, n=trained_rows, k=f)
+    out = s.buffer("fast_out", (batch, 1, fast), dtype)
     if form != "merged":
-        trained = ("down_proj.weight", decoder.size(d, f))
-        s.op("down_proj", reads=[hidden, trained], writes=[out], dtype=dtype, m=batch, n=d, k=f)
         so_far = [out]
     if form != "kernel":
         name = "fast_weight" if form == "merged" else "weight_change"
         weight = ops.there(
             Buffer(
                 name=name, dtype=held.ttt.fast_dtype, role=Role.FAST_WEIGHT,
-                nbytes=batch * tensor_bytes(d * f, held.ttt.fast_dtype), layers=layers,
+                nbytes=batch * tensor_bytes(fast * f, held.ttt.fast_dtype), layers=layers,
             )
         )  # fmt: skip
-        s.op("fast_apply", reads=[hidden, weight, *so_far], writes=[out], dtype=dtype, batch=batch, m=1, n=d, k=f)
+        s.op("fast_apply", reads=[hidden, weight, *so_far], writes=[out], dtype=dtype, batch=batch, m=1, n=fast, k=f)
     elif history_tokens:
         rows = batch * history_tokens
         keys, values = (
             ops.there(Buffer(name=name, dtype=dtype, role=Role.KV, nbytes=decoder.size(rows, width), layers=layers))
-            for name, width in (("history_hidden", f), ("history_values", d))
+            for name, width in (("history_hidden", f), ("history_values", fast))
         )
         scores = s.buffer("history_scores", (batch, 1, history_tokens), dtype)
         s.op(
@@ -505,7 +511,7 @@ def apply_step(held: Held, form: Form, history_tokens: int = 0) -> Trace:
             k=f,
         )  # fmt: skip
         s.op(
-            "history_apply", reads=[scores, values, *so_far], writes=[out], dtype=dtype, batch=batch, m=1, n=d,
+            "history_apply", reads=[scores, values, *so_far], writes=[out], dtype=dtype, batch=batch, m=1, n=fast,
             k=history_tokens,
         )  # fmt: skip
     trace = ops.trace(f"apply_{form}")

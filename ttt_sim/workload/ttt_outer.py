@@ -214,6 +214,8 @@ def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
     check_ttt(ttt, model)
     if ttt.clip is not None:
         raise ConfigError(f"method {settings.name} has no rule for gradients through a clip of deltas; leave clip out")
+    if ttt.rows_of(model) != model.d_model:
+        raise ConfigError(f"method {settings.name} trains whole fast weights; leave update_rows out")
     tokens = scenario.calls[0].tokens
     chunks = ceil_div(tokens, ttt.chunk_tokens)
     if chunks < 2:
