@@ -549,9 +549,9 @@ class _Forms:
         return low
 
 
-def histories(model: Model) -> tuple[int, ...]:
+def histories(model: Model, update_rows: int | None = None) -> tuple[int, ...]:
     """Histories of the table: powers of two around the break-even."""
-    middle = int(form_breakeven_tokens(model))
+    middle = int(form_breakeven_tokens(model, update_rows=update_rows))
     return tuple(1 << e for e in range(max(middle.bit_length() - 6, 0), middle.bit_length() + 3))
 
 
@@ -561,21 +561,21 @@ def _form_rows(settings: Lifecycle) -> tuple[list[dict[str, object]], list[dict[
         forms = _Forms(settings, _parts(settings, settings.method))
     except UnsupportedError as error:
         return [{"form": form, "missing": str(error)} for form in FORMS], []
+    ttt = settings.settings(settings.method).ttt
+    assert ttt is not None
     rows: list[dict[str, object]] = []
     for form in FORMS:
-        for history in (0, *histories(forms.sharded)):
+        for history in (0, *histories(forms.sharded, ttt.update_rows)):
             try:
                 rows.append(forms.step(form, history)[0])
             except (UnsupportedError, _DoesNotFit) as error:
                 rows.append({"form": form, "history_tokens": history, "missing": str(error)})
-    ttt = settings.settings(settings.method).ttt
-    assert ttt is not None
     breakevens: list[dict[str, object]] = []
     against: tuple[Form, ...] = ("merged", "split")
     for form in against:
         closed = form_breakeven_tokens(
             forms.sharded, settings.batch if form == "merged" else None, dtype=settings.dtype,
-            fast_dtype=ttt.fast_dtype,
+            fast_dtype=ttt.fast_dtype, update_rows=ttt.update_rows,
         )  # fmt: skip
         row: dict[str, object] = {"against": form, "by": "bytes", "closed_form_tokens": max(float(closed), 0.0)}
         try:

@@ -17,6 +17,7 @@ from ttt_sim.model import ONE_CHIP, MethodSettings, Model, Parallel, Scenario, s
 from ttt_sim.ops import KIND, TEMPORARY_ROLES, IntArray, Role, Trace, total_by
 from ttt_sim.units import ceil_div
 from ttt_sim.workload import build_trace, find_method, state_per_sequence
+from ttt_sim.workload.fast_state import value_columns
 
 #: Kinds outside the layers that run on the last stage; all others there run on the first.
 _LAST = ("final_norm", "lm_head", "allgather", "carry_append")
@@ -112,9 +113,8 @@ def least_system(
     states = [state_per_sequence(model, method, context_tokens, dtype=dtype) for method in methods]
     state = max(held.total_bytes - held.far_bytes for held in states)
     shared = max(held.shared_bytes for held in states)
-    updates = any(find_method(method.name).chunk_tokens(method) is not None for method in methods)
     if (
-        weights + shared + batch * (state + _room(chip, model, rows, updates, dtype))
+        weights + shared + batch * (state + _room(chip, model, methods, rows, dtype))
     ) * _ROUGH <= chip.main_memory.capacity_bytes:
         return ONE_CHIP
     for tp in tensor_parallel_sizes(model):
@@ -127,7 +127,7 @@ def least_system(
             chip.main_memory.capacity_bytes,
             part,
             batch,
-            _room(chip, part, rows, updates, dtype),
+            _room(chip, part, methods, rows, dtype),
             [holdings(trace, model.n_layers, pipelined=False, near=True) for trace in traces],
             [holdings(trace, model.n_layers, pipelined=True, near=True) for trace in traces],
         )
@@ -138,18 +138,27 @@ def least_system(
     return ONE_CHIP if best is None and behind else best
 
 
-def _room(chip: Chip, part: Model, rows: int, updates: bool, dtype: str) -> int:
+def _room(chip: Chip, part: Model, methods: Sequence[MethodSettings], rows: int, dtype: str) -> int:
     """Bytes of activations of one sequence on one chip, which holds ``part``; a little more than simulations take.
 
     Rows of the residual stream before and after norms and sums over chips, and of hidden rows that an update keeps;
     where a layer is several kernels, no less than the rows of attention (queries, keys and values, rotated ones, the
-    output) or of the MLP (gate, up, hidden) beside two of the stream. A delta and its scaled copy.
+    output) or of the MLP (gate, up, hidden) beside two of the stream. A delta and its scaled copy, or the outer product
+    that it is the projection of.
     """
     q, kv, d, f = part.n_heads * part.head_dim, part.n_kv_heads * part.head_dim, part.d_model, part.d_ff
     row = 5 * d + f
     if chip.mapping.fusion != "layer":
         row = max(row, 2 * d + max(3 * q + 4 * kv, 3 * f))
-    return tensor_bytes(rows * row + (2 * d * f if updates else 0), dtype)
+    delta_rows = 0
+    for method in methods:
+        if find_method(method.name).chunk_tokens(method) is None:
+            continue
+        if method.ttt is None:
+            delta_rows = max(delta_rows, 2 * d)
+        else:
+            delta_rows = max(delta_rows, method.ttt.rows_of(part) + value_columns(part, method.ttt))
+    return tensor_bytes(rows * row + delta_rows * f, dtype)
 
 
 def _least_stages(

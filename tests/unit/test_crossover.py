@@ -377,6 +377,29 @@ def test_closed_forms_of_systems(parallel, factor, flops, words):
 
 
 @pytest.mark.parametrize(
+    ("changes", "extra", "words"),
+    [
+        # 256 of the 2560 rows of six layers, against 36 * 32 * 128 of attention
+        ({}, 6 * 256 * (2560 + 9728) / 147456, "256 (d + f)"),
+        ({"projection": False}, 6 * 256 * 9728 / 147456, "256 f"),
+        ({"contraction": "outer_first"}, 6 * 2560 * (256 * 9728 / 1024 + 9728) / 147456, "d (256 f / C + f)"),
+        # the outer product first never pays with so few rows
+        ({"chunk_tokens": 16384}, 6 * 256 * (2560 + 9728) / 147456, "256 (d + f)"),
+    ],
+)
+def test_closed_forms_of_part_of_a_matrix(changes, extra, words):
+    ttt = TTTSettings(update_rows=256, **changes)
+    assert float(closed_forms.flop_crossover(QWEN, ttt, WINDOW)) == pytest.approx(2 * WINDOW + extra)
+    assert _flop_formula(QWEN, ttt, Parallel()) == f"2w + s {words} / (L H h)"
+    phi = 6 * 256 * 9728 * 2
+    assert closed_forms.traffic_crossover(QWEN, ttt, WINDOW, 4) == WINDOW + Fraction(3 * phi, 4 * 147456)
+    found = state_crossing(QWEN, METHODS["ttt_window"].settings(WINDOW, None, ttt), FULL, dtype="bf16")
+    targets = 2560 if ttt.projection else 256
+    carry = 6 * (ttt.chunk_tokens - 1) * (2560 + targets) * 2
+    assert found == expected(WINDOW + Fraction(phi + carry, 147456))
+
+
+@pytest.mark.parametrize(
     ("batch", "parallel", "contexts"),
     [
         (4, Parallel(), (2048, 4096)),

@@ -269,15 +269,18 @@ def test_break_even_formulas() -> None:
     # a weight in fp32 is twice the factors in bf16; of a batch of four the trained weight is an eighth of the others
     assert closed_forms.form_breakeven_tokens(TOY, fast_dtype="fp32") == 96
     assert closed_forms.form_breakeven_tokens(TOY, 4, fast_dtype="fp32") == 84
-    for batch in (None, 4):
-        tokens = int(closed_forms.form_breakeven_tokens(TOY, batch))
-        state, other = held(batch=batch or 1), "split" if batch is None else "merged"
+    # 16 rows: 16 * 192 / 208
+    assert closed_forms.form_breakeven_tokens(TOY, update_rows=16) == Fraction(192, 13)
+    for batch, rows in ((None, None), (4, None), (None, 16), (4, 16)):
+        tokens = int(closed_forms.form_breakeven_tokens(TOY, batch, update_rows=rows))
+        state, other = held(batch=batch or 1, update_rows=rows), "split" if batch is None else "merged"
         limit = closed_forms.form_bytes(TOY, state.ttt, other, batch=state.batch)
         sizes = [
             closed_forms.form_bytes(TOY, state.ttt, "kernel", batch=state.batch, history_tokens=t)
             for t in (tokens, tokens + 1)
         ]
-        assert sizes[0] == limit < sizes[1]
+        assert sizes[0] <= limit < sizes[1]
+        assert (sizes[0] == limit) == (rows is None)  # a whole number of tokens
 
 
 # --- simulated --------------------------------------------------------------------------------------------------------
@@ -449,6 +452,16 @@ def test_simulated_bytes_break_even_where_the_formula_says(chip: str, model: Mod
     found = breakevens_of(run_lifecycle(settings(chip, model, batch=batch)), "bytes")
     for against, of in (("split", None), ("merged", batch)):
         expected = closed_forms.form_breakeven_tokens(model, of)
+        assert found[against]["closed_form_tokens"] == float(expected)
+        assert found[against]["simulated_tokens"] == math.floor(expected)
+
+
+def test_part_of_a_matrix_breaks_even_where_the_formula_says() -> None:
+    chosen = settings("tiny_gpu", TOY, batch=4)
+    data = run_lifecycle(replace(chosen, ttt=replace(chosen.ttt, update_rows=16)))
+    found = breakevens_of(data, "bytes")
+    for against, of in (("split", None), ("merged", 4)):
+        expected = closed_forms.form_breakeven_tokens(TOY, of, update_rows=16)
         assert found[against]["closed_form_tokens"] == float(expected)
         assert found[against]["simulated_tokens"] == math.floor(expected)
 

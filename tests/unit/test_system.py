@@ -18,7 +18,7 @@ from ttt_sim.model import Model, Parallel, Scenario, TTTSettings, shard, stage_s
 from ttt_sim.model_config import load_model, load_ttt
 from ttt_sim.ops import BETWEEN_CHIPS, KIND, OP_KINDS, OpClass, Trace, op_classes
 from ttt_sim.simulation import UNMEASURED_KINDS, rows_at_once, simulate_point, simulate_trace
-from ttt_sim.system import arrange, holdings, least_system, microbatches_of, period_cycles, pipeline_cycles
+from ttt_sim.system import _room, arrange, holdings, least_system, microbatches_of, period_cycles, pipeline_cycles
 from ttt_sim.trace_check import verify
 from ttt_sim.workload import CONTEXT_METHODS, METHODS, build_trace, closed_forms
 
@@ -610,3 +610,14 @@ def test_the_least_system_has_room_for_the_chunk_that_a_step_computes_again() ->
         "groq_lpu", "Qwen3-4B", "ttt_window", phase="decode", context=32768, ttt=TTTSettings(carry="keep_z")
     )
     assert rows_at_once(kept) == 1
+
+
+def test_room_for_deltas_is_that_of_the_rows_that_are_fast() -> None:
+    """Two deltas of u f elements, or one of d f before its projection and one after."""
+    chip, d, f = load_chip("tiny_gpu"), TOY.d_model, TOY.d_ff
+    plain = _room(chip, TOY, [METHODS["kv"].settings(None, None, None)], 7, "bf16")
+    for changes, rows in (
+        ({}, 2 * d), ({"update_rows": 16}, 32), ({"update_rows": 16, "contraction": "outer_first"}, d + 16),
+    ):  # fmt: skip
+        settings = METHODS["ttt"].settings(None, None, replace(TTT, **changes))
+        assert _room(chip, TOY, [settings], 7, "bf16") - plain == rows * f * 2

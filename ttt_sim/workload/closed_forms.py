@@ -237,20 +237,21 @@ def weight_write_bytes(
     return WriteBytes(elements * e_f, elements * e_f)
 
 
-def update_intensity(model: Model, chunk_tokens: int) -> Fraction:
-    """FLOPs per byte of the fused update, 2-byte elements: C / (C (d + f) / (d f) + 2)."""
-    return chunk_tokens / (chunk_tokens / replay_breakeven_tokens(model) + 2)
+def update_intensity(model: Model, chunk_tokens: int, update_rows: int | None = None) -> Fraction:
+    """FLOPs per byte of the fused update, 2-byte elements: C / (C (u + f) / (u f) + 2)."""
+    return chunk_tokens / (chunk_tokens / replay_breakeven_tokens(model, update_rows) + 2)
 
 
-def compute_bound_chunk(model: Model, flops_per_byte: Fraction) -> Fraction | None:
+def compute_bound_chunk(model: Model, flops_per_byte: Fraction, update_rows: int | None = None) -> Fraction | None:
     """Chunk at which the fused update reaches a machine balance; None where no chunk does."""
-    share = flops_per_byte / replay_breakeven_tokens(model)
+    share = flops_per_byte / replay_breakeven_tokens(model, update_rows)
     return 2 * flops_per_byte / (1 - share) if share < 1 else None
 
 
-def replay_breakeven_tokens(model: Model) -> Fraction:
-    """d f / (d + f): tokens whose logged factors are as large as one dense weight; the limit of the intensity."""
-    return Fraction(model.d_model * model.d_ff, model.d_model + model.d_ff)
+def replay_breakeven_tokens(model: Model, update_rows: int | None = None) -> Fraction:
+    """u f / (u + f): tokens whose logged factors are as large as one dense weight; the limit of the intensity."""
+    rows = model.d_model if update_rows is None else update_rows
+    return Fraction(rows * model.d_ff, rows + model.d_ff)
 
 
 def step_weight_bytes(model: Model, dtype: str = "bf16") -> Fraction:
@@ -579,15 +580,16 @@ def form_flops(model: Model, ttt: TTTSettings, form: str, *, batch: int, history
 
 
 def form_breakeven_tokens(
-    model: Model, batch: int | None = None, *, dtype: str = "bf16", fast_dtype: str = "bf16"
-) -> Fraction:
+    model: Model, batch: int | None = None, *, dtype: str = "bf16", fast_dtype: str = "bf16",
+    update_rows: int | None = None,
+) -> Fraction:  # fmt: skip
     """History up to which the kernel form reads no more than the split form; with a batch, than the merged form.
 
-    d f / (d + f) of split, (1 - 1/B) of that of merged; times e_f / e, and (e_f - e / B) / e, where formats differ.
+    u f / (u + f) of split, (1 - 1/B) of that of merged; times e_f / e, and (e_f - e / B) / e, where formats differ.
     """
     own, shared = element_bytes(fast_dtype), element_bytes(dtype)
     saved = own if batch is None else own - shared / batch
-    return saved / shared * replay_breakeven_tokens(model)
+    return saved / shared * replay_breakeven_tokens(model, update_rows)
 
 
 # --- TTT-E2E ----------------------------------------------------------------------------------------------------------
