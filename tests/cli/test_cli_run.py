@@ -180,3 +180,21 @@ def test_options_reach_the_simulation(tmp_path: Path) -> None:
     prefill = next(point for point in summary["points"] if point["phase"] == "prefill")
     assert (prefill["kv_dtype"], prefill["call_tokens"], prefill["chunk_tokens"]) == ("int8", 32, 16)
     assert (prefill["batch"], prefill["context_tokens"], prefill["overlap"]) == (2, 70, False)
+
+
+def test_part_of_a_matrix_from_a_file(tmp_path: Path) -> None:
+    """16 of 64 rows in two layers: a quarter of the state, and a report with all figures."""
+    (tmp_path / "rows.yaml").write_text("layers: [0, 2]\nchunk_tokens: 32\nupdate_rows: 16\n", encoding="utf-8")
+    printed = succeed(
+        "run", "tiny_gpu", "--model", "toy", "--ttt", "rows.yaml", "--method", "kv,ttt_window", "--window", "64",
+        "--context", "150,600", "--batch", "1,4", "--workers", "1", "--out", "out", cwd=tmp_path,
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["provenance"]["ttt"]["update_rows"] == 16
+    state = {p["state_fast_weight_bytes"] for p in summary["points"] if p["method"] == "ttt_window"}
+    assert state == {2 * 16 * 192 * 2}
+    assert "2w + s 16 (d +" in printed
+    with (tmp_path / "out" / "data" / "write_variants.csv").open(encoding="utf-8", newline="") as file:
+        variants = list(csv.DictReader(file))
+    assert [row["weight_write"] for row in variants if row["fits"] == "True"][:2] == ["official", "fused"]
+    assert (tmp_path / "out" / "figures" / "weight_writes.png").is_file()

@@ -50,3 +50,13 @@ def test_wrong_input_is_one_line(options: list[str], message: str, tmp_path: Pat
     assert not done.stdout
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_part_of_a_matrix_is_executed(tmp_path: Path) -> None:
+    (tmp_path / "rows.yaml").write_text("layers: [0, 2]\nchunk_tokens: 32\nupdate_rows: 16\n", encoding="utf-8")
+    out = succeed("verify", "tiny_gpu", "--ttt", "rows.yaml", "--method", "ttt", "--decode", "12", cwd=tmp_path)
+    assert out.splitlines()[1].split()[:2] == ["ttt", "PASS"]
+    (tmp_path / "rows.yaml").write_text("update_rows: 65\n", encoding="utf-8")
+    done = ttt_sim("verify", "tiny_gpu", "--ttt", "rows.yaml", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "update_rows: is 65, but a down projection of toy has 64 rows" in done.stderr
