@@ -91,6 +91,9 @@ def cases() -> dict[str, Point]:
         if carry != usual.carry:
             ttt = replace(usual, carry=carry)
             points.append((qwen("ttt_window", phase, "4k", ttt=ttt), f"carry={carry}"))
+    for phase in PHASES:
+        ttt = replace(usual, update_rows=256)
+        points.append((qwen("ttt_window", phase, "4k", ttt=ttt), "update_rows=256"))
     systems = (Parallel(tp=4), Parallel(pp=4), Parallel(cp=2), Parallel(tp=2, pp=2, cp=2))
     for parallel, method, phase in product(systems, ("kv", "ttt_window"), PHASES):
         name = " ".join(
