@@ -24,7 +24,10 @@ METHOD_STYLES: Mapping[str, MethodStyle] = {
     "ttt": MethodStyle("TTT + full attention", "#D55E00", "s", "-"),
     "ttt_window": MethodStyle("TTT + window", "#E69F00", "^", "--"),
 }
-_OTHER_STYLES: tuple[tuple[str, str], ...] = (("#CC79A7", "P"), ("#000000", "X"), ("#999933", "h"), ("#882255", "*"))
+_OTHER_STYLES: tuple[tuple[str, str], ...] = (
+    ("#CC79A7", "P"), ("#000000", "X"), ("#999933", "h"), ("#882255", "*"), ("#44AA99", "p"), ("#332288", "<"),
+    ("#AA4499", ">"), ("#117733", "d"), ("#88CCEE", "H"), ("#661100", "8"),
+)  # fmt: skip
 
 _OTHER_TITLES: Mapping[str, str] = {
     "fine_tuning": "fine-tuning", "lora": "LoRA", "lora_ttt": "LoRA at test time", "q_ttt": "query-only TTT",
