@@ -293,7 +293,7 @@ class Scenario:
     @property
     def shares_prompt(self) -> bool:
         """The one call is a context-parallel chip's part of a prompt."""
-        return self.parallel.cp > 1 and self.calls[0].tokens > 1
+        return self.parallel.cp > 1 and self.task == "infer" and self.calls[0].tokens > 1
 
     @property
     def from_empty(self) -> bool:

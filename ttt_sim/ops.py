@@ -190,6 +190,8 @@ OP_KINDS: tuple[OpKind, ...] = (
     OpKind("history_scores", "V3", OpClass.MATMUL, "hidden rows by those of earlier chunks"),
     OpKind("history_apply", "V4", OpClass.MATMUL, "these scores by the values of earlier chunks"),
     OpKind("post_norm", "E14", OpClass.VECTOR, "RMSNorm of what a branch adds"),
+    OpKind("state_join", "P7", OpClass.MATMUL, "state after a chip's part of a prompt from the one before it"),
+    OpKind("state_read", "P8", OpClass.MATMUL, "what outputs of a chip's part read of the state before it"),
 )
 #: Kinds that no decoder emits: ops of which latencies are published, simulated one by one.
 MEASURED_ALONE: frozenset[str] = frozenset(kind.name for kind in OP_KINDS if kind.spec.startswith("M"))

@@ -489,6 +489,7 @@ def _cycles_by_kernel(result: Result, twice_advance: IntArray, span: int) -> dic
 #: of measured rows.
 UNMEASURED_KINDS: tuple[str, ...] = (
     *(kind.name for kind in OP_KINDS if kind.spec[0] not in "FMP"), "fast_apply", "delta_sum", "delta_scan",
+    "state_join", "state_read",
 )  # fmt: skip
 
 

@@ -336,7 +336,7 @@ def test_times_of_transfers(kind: str, topology: str, count: int, ranks: int, se
 def test_every_transfer_between_chips_has_a_time() -> None:
     transfers = [kind.name for kind in OP_KINDS if kind.op_class == OpClass.COLLECTIVE]
     assert all(transfer_seconds(LINK_1, kind, 1000, 2) > 0 for kind in transfers)
-    assert set(transfers) | {"delta_sum"} == BETWEEN_CHIPS
+    assert set(transfers) | {"delta_sum", "state_join", "state_read"} == BETWEEN_CHIPS
 
 
 def test_the_nearest_link_that_reaches_is_used() -> None:

@@ -193,7 +193,7 @@ def test_chips_without_a_memory_behind_the_main_one_say_so() -> None:
 # --- all --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["kv_paged", "kv_prefix", "kv_offload"])
+@pytest.mark.parametrize("method", ["kv_prefix", "kv_offload"])
 def test_context_parallel_chips_are_refused(method: str) -> None:
     call = (Call(position=64, tokens=1, logits=True),)
     scenario = Scenario(batch=1, dtype="bf16", calls=call, parallel=Parallel(cp=2))

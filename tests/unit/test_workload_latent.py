@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -125,8 +123,8 @@ def test_chips_of_a_group_share_heads_and_keep_all_latents() -> None:
     core = [totals(b, is_kind(b, "latent_attention")).flops for b in (whole, half)]
     assert core[0] == 2 * core[1]
     assert kinds(half).count("allreduce") == 2 * 4 + 1
-    with pytest.raises(UnsupportedError, match="context-parallel"):
-        trace(replace(halves, parallel=Parallel(cp=2)))
+    with pytest.raises(UnsupportedError, match="not modelled in training"):
+        trace(Scenario.train(8))
 
 
 def test_absorbed_and_expanded_are_the_same_function() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.unit.trace_tools import TOY, is_kind, kinds, one_call, totals
-from ttt_sim.errors import ConfigError, UnsupportedError
+from ttt_sim.errors import ConfigError
 from ttt_sim.grid import make_point
 from ttt_sim.model import Model, Parallel, Scenario
 from ttt_sim.ops import OP_KINDS, SCAN_RULE, OpClass, Phase, Role, Trace, is_update
@@ -227,8 +227,6 @@ def test_chips_of_a_group_share_heads(method: str) -> None:
     half = trace_of(method, replace(one_call(0, 32), parallel=Parallel(tp=2)), model)
     assert 2 * state_elements(half) == state_elements(whole)
     assert kinds(half).count("allreduce") == 2 * TOY.n_layers + 1
-    with pytest.raises(UnsupportedError, match="without context parallelism"):
-        trace_of(method, Scenario.prefill(64, parallel=Parallel(cp=2)))
 
 
 def test_small_chunks_leave_a_gpu_idle() -> None:

@@ -94,9 +94,8 @@ def attention_weights(model: Model) -> dict[str, tuple[int, ...]]:
     return weights
 
 
-def declare_kv(builder: TraceBuilder, model: Model, kv: KVSettings, scenario: Scenario) -> None:
-    """Declare the caches, with room for what they hold at the end. Version 0 is what they hold at the start, and all of
-    it where a step of training reads them, which stores nothing.
+def held_by_chip(scenario: Scenario, kv: KVSettings) -> int:
+    """Tokens of a sequence of which a chip keeps keys and values, at most.
 
     Raises:
         UnsupportedError: a chip of a context-parallel group would hold no key.
@@ -107,9 +106,18 @@ def declare_kv(builder: TraceBuilder, model: Model, kv: KVSettings, scenario: Sc
     if fewest < cp and not scenario.shares_prompt:
         raise UnsupportedError(f"{cp} chips cannot share {fewest} keys of a sequence: each must hold at least one")
     if scenario.shares_prompt:  # the last tokens, which a window keeps, are all on the last chip
-        tokens = min(kept, scenario.calls[0].tokens)
-    else:
-        tokens = -(-kept // cp)
+        return min(kept, scenario.calls[0].tokens)
+    return -(-kept // cp)
+
+
+def declare_kv(builder: TraceBuilder, model: Model, kv: KVSettings, scenario: Scenario) -> None:
+    """Declare the caches, with room for what they hold at the end. Version 0 is what they hold at the start, and all of
+    it where a step of training reads them, which stores nothing.
+
+    Raises:
+        UnsupportedError: a chip of a context-parallel group would hold no key.
+    """
+    tokens = held_by_chip(scenario, kv)
     builder.declare(
         "kv",
         (scenario.batch, tokens, 2, model.n_kv_heads, model.head_dim),
@@ -144,12 +152,17 @@ class Project(Protocol):
 def emit_attention(
     s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, parallel: Parallel, project: Project, *,
     cached: bool = True, cache: Cache | None = None, beside: Callable[[Read, Read, Read], Read] | None = None,
+    shares_prompt: bool = False,
 ) -> None:  # fmt: skip
     """Ops F1 to F9, from ``layer_input`` to ``attended``, the residual stream in the middle of the layer.
 
     ``cached`` False: nothing is kept of the calls, as in training; those after position 0 see a cache from before.
     ``cache``: another one than that of a layer. ``beside``: emits another branch from queries, keys and values, after
-    the core and before a window loses rows; returns what ``o_proj`` reads.
+    the core and before a window loses rows; returns what ``o_proj`` reads. ``shares_prompt``: the call is a
+    context-parallel chip's part of a prompt.
+
+    Raises:
+        UnsupportedError: a question over a window that context-parallel chips share.
     """
     m, h = s.run.tokens, model.head_dim
     rows, d = batch * m, model.d_model
@@ -194,8 +207,12 @@ def emit_attention(
         emit_core(s, model, kv, batch, dtype, rotated_q, stored + m, stored=stored, fresh=(rotated_k, v))
     elif cache is not None:
         cache.emit(s, batch, rotated_q, rotated_k, v)
-    elif parallel.cp > 1 and m > 1:
-        _shared_prompt(s, model, kv, batch, dtype, rotated_q, rotated_k, v, parallel)
+    elif shares_prompt:
+        emit_shared_prompt(s, model, kv, batch, dtype, rotated_q, rotated_k, v, parallel)
+    elif parallel.cp > 1 and kv.window_tokens is not None and m > 1:
+        raise UnsupportedError(
+            "several tokens after a window are not modelled on context-parallel chips, each of which has a part of it"
+        )
     elif kv.window_tokens is None or m == 1:
         # One new row takes the slot of the token that leaves the window with it, so it may be stored before the core.
         emit_append(s, model, kv, batch, dtype, rotated_k, v)
@@ -204,14 +221,10 @@ def emit_attention(
             keys = np.minimum(keys, kv.window_tokens)
         if parallel.cp == 1:
             emit_core(s, model, kv, batch, dtype, rotated_q, keys, stored=keys, fresh=())
-        else:  # every chip has its part of the keys, and the parts of the outputs are joined
+        else:
             keys = -(-keys // parallel.cp)
-            emit_core(s, model, kv, batch, dtype, rotated_q, keys, stored=keys, fresh=(), pairs=keys)
-            core: Write = ("attn_core", size(rows, q_width))
-            s.op(
-                "allreduce", reads=[core], writes=[core], dtype=dtype, m=rows * q_width, n=1, heads=parallel.cp,
-                kv_heads=parallel.tp * parallel.cp,
-            )  # fmt: skip
+            emit_core(s, model, kv, batch, dtype, rotated_q, keys, stored=keys, fresh=(), pairs=m * keys)
+            emit_joined_parts(s, rows * q_width, dtype, parallel)
     else:
         stored = stored_tokens(kv, s.run.positions)
         emit_core(s, model, kv, batch, dtype, rotated_q, stored + m, stored=stored, fresh=(rotated_k, v))
@@ -232,14 +245,33 @@ def emit_attention(
     )  # fmt: skip
 
 
-def _shared_prompt(
-    s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, q: Read, k: Read, v: Read, parallel: Parallel
-) -> None:
+def emit_joined_parts(s: Segment, elements: int, dtype: str, parallel: Parallel) -> None:
+    """P1: every chip of a context-parallel group has its part of the keys; their parts of ``attn_core`` become one."""
+    core: Write = ("attn_core", int(n_bytes(elements, dtype)))
+    s.op(
+        "allreduce", reads=[core], writes=[core], dtype=dtype, m=elements, n=1, heads=parallel.cp,
+        kv_heads=parallel.tp * parallel.cp,
+    )  # fmt: skip
+
+
+def emit_step_to_next(s: Segment, source: Read, received: Write, rows: int, dtype: str, parallel: Parallel) -> None:
+    """P4: ``rows`` of all sequences arrive from the chip before, which reads them from ``source``."""
+    s.op(
+        "kv_ring", reads=[source], writes=[received], dtype=dtype, m=rows, n=1, heads=parallel.cp,
+        kv_heads=parallel.tp * parallel.cp,
+    )  # fmt: skip
+
+
+def emit_shared_prompt(
+    s: Segment, model: Model, kv: KVSettings, batch: int, dtype: str, q: Read, k: Read, v: Read, parallel: Parallel, *,
+    filled: tuple[Read, ...] = (), found: tuple[Read, ...] = (),
+) -> None:  # fmt: skip
     """F6 and F7 of the last of ``cp`` chips that share a prompt, which sees the tokens of all others.
 
     Full attention: keys and values go around the ring, one step beside the core over the part that came before
     (ring attention, arXiv 2310.01889). A window needs the last w - 1 tokens before this chip's: as many steps as chips
-    hold them, the last one of the rest.
+    hold them, the last one of the rest. ``filled``, ``found``: what storing and reading the chip's own part read
+    besides.
     """
     m, ranks = s.run.tokens, parallel.cp
     token_bytes = kv_token_bytes(model, kv)
@@ -250,10 +282,7 @@ def _shared_prompt(
         """P4: ``tokens`` rows of every sequence arrive from the chip before."""
         shape, size = (batch, tokens, 2, model.n_kv_heads, model.head_dim), batch * tokens * token_bytes
         received = s.buffer("kv_received", shape, kv.dtype, size=size)
-        s.op(
-            "kv_ring", reads=[source], writes=[received], dtype=dtype, m=batch * tokens, n=1, heads=ranks,
-            kv_heads=parallel.tp * ranks,
-        )  # fmt: skip
+        emit_step_to_next(s, source, received, batch * tokens, dtype, parallel)
         return received
 
     own = batch * m * token_bytes
@@ -272,10 +301,10 @@ def _shared_prompt(
         if not halo:
             emit_append(s, model, kv, batch, dtype, k, v)
         return
-    emit_append(s, model, kv, batch, dtype, k, v)
+    emit_append(s, model, kv, batch, dtype, k, v, also=filled)
     keys = np.full_like(s.run.positions, m)
     received: Read = ("kv", own)
-    emit_core(s, model, kv, batch, dtype, q, keys, stored=keys, fresh=(), pairs=keys * (m + 1) // 2)
+    emit_core(s, model, kv, batch, dtype, q, keys, stored=keys, fresh=(), pairs=keys * (m + 1) // 2, also=found)
     for _ in range(ranks - 1):
         received = step(received, m)
         emit_core(

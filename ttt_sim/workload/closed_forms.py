@@ -308,6 +308,14 @@ def delta_net_chunk_flops(chunk: int, d_k: int, d_v: int) -> int:
     return chunk * chunk * (4 * d_k + d_k + d_v + 2 * d_v) + 6 * chunk * d_k * d_v
 
 
+def delta_net_part_flops(tokens: int, chunk: int, d_k: int, d_v: int) -> int:
+    """One head of a context-parallel chip with ``tokens`` in whole chunks: its part from no state and, as d_k columns
+    more, from the identity; the state before it through that to the state after, 2 d_v d_k^2, and to the outputs,
+    2 m d_v d_k."""
+    alone = tokens // chunk * delta_net_chunk_flops(chunk, d_k, d_v + d_k)
+    return alone + 2 * d_v * d_k * d_k + 2 * tokens * d_v * d_k
+
+
 def mamba2_step_ops(head_dim: int, state_dim: int) -> int:
     """6 n k per head and token: h <- a h + dt B x^T (four), y = C h (two)."""
     return 6 * head_dim * state_dim

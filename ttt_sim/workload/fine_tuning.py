@@ -49,8 +49,23 @@ class TrainingOptions(StepOptions):
 
 def check_training(scenario: Scenario) -> None:
     """Raise :class:`UnsupportedError` where the backward pass has no rule for the chips of ``scenario``."""
-    if scenario.parallel.pp > 1 or scenario.parallel.cp > 1:
-        raise UnsupportedError("training is modelled on one chip or a tensor-parallel group, without stages or cp")
+    if scenario.parallel.pp > 1:
+        raise UnsupportedError("training is modelled on one chip or a tensor-parallel group, without pipeline stages")
+    if scenario.parallel.cp > 1:
+        raise UnsupportedError(
+            "training on context-parallel chips would pass gradients of keys and values back around the ring, for "
+            "which there is no rule here; a tensor-parallel group trains"
+        )
+
+
+def check_context(scenario: Scenario) -> None:
+    """Raise :class:`UnsupportedError` where context-parallel chips would share a context that is in the weights."""
+    taken = scenario.taken_tokens
+    if scenario.parallel.cp > 1 and taken is not None and scenario.calls[0].position < taken:
+        raise UnsupportedError(
+            "the context is in the weights, so too few keys are left for context-parallel chips to share; a "
+            "tensor-parallel group is of use"
+        )
 
 
 def all_weights(model: Model) -> frozenset[str]:
@@ -74,7 +89,7 @@ def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
     """A step of training, or the calls of the trained model.
 
     Raises:
-        UnsupportedError: training on stages or context-parallel chips.
+        UnsupportedError: training on stages or context-parallel chips, which are refused after it as well.
     """
     decoder = Decoder.of(model, settings.kv, scenario)
     learner = None
@@ -83,6 +98,7 @@ def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
         check_training(scenario)
         decoder = Decoder.of(model, settings.kv, scenario, trained=all_weights(model))
         learner = training_of(decoder, options)
+    check_context(scenario)
     meta: dict[str, object] = {
         "model": model.name, "method": settings.name, "kv": asdict(settings.kv), "ttt": None,
         "options": asdict(options), "pinned": [],

@@ -19,6 +19,7 @@ from ttt_sim.workload.mixers import (
     StateLayer,
     check_options,
     declare_state,
+    emit_state_scan,
     local_heads,
     no_shape,
     options_of,
@@ -99,14 +100,32 @@ class GatedDeltaNet:
         chunk = 0 if m == 1 else self.options.chunk_tokens
         chunks = scan_chunks(m, chunk)
         pairs = sum(times * tokens * tokens for tokens, times in chunks)
-        before: Read = ("state", 0 if s.run.from_empty else size)
+        before: list[Read] = [("state", 0 if s.run.from_empty else size)]
         out = layer.buffer(s, "mixed", heads * d_v)
+        writes, columns, shares = [out, ("state", size)], d_v, self.decoder.shares_prompt
+        if shares:
+            # From no state; d_k columns more, from the identity, are what the part makes of the state before it.
+            before, columns = [], d_v + d_k
+            writes = [
+                layer.buffer(s, "mixed_part", heads * d_v), layer.buffer(s, "queries_part", heads * d_k),
+                s.buffer("part_state", (batch, heads, columns, d_k), self.options.state_dtype),
+            ]  # fmt: skip
         s.op(
             "delta_step" if m == 1 else "delta_rule",
-            reads=[keys, ("convolved", layer.rows(s, heads * d_v)), gates, before], writes=[out, ("state", size)],
-            dtype=dtype, batch=batch, m=m, n=d_v, k=d_k, heads=heads, pairs=chunk,
-            extra_lanes=batch * (elements * sum(times for _, times in chunks) + _PAIR_LANES * heads * pairs),
+            reads=[keys, ("convolved", layer.rows(s, heads * d_v)), gates, *before], writes=writes,
+            dtype=dtype, batch=batch, m=m, n=columns, k=d_k, heads=heads, pairs=chunk,
+            extra_lanes=batch * heads * (columns * d_k * sum(times for _, times in chunks) + _PAIR_LANES * pairs),
         )  # fmt: skip
+        if shares:
+            arrived = emit_state_scan(s, self.decoder, "part_state", elements, self.options.state_dtype)
+            s.op(
+                "state_join", reads=[arrived, writes[2]], writes=[("state", size)], dtype=dtype, batch=batch * heads,
+                m=d_v, n=d_k, k=d_k, extra_lanes=batch * elements,
+            )  # fmt: skip
+            s.op(
+                "state_read", reads=[writes[1], arrived, writes[0]], writes=[out], dtype=dtype, batch=batch * heads,
+                m=m, n=d_v, k=d_k, extra_lanes=rows * heads * d_v,
+            )  # fmt: skip
         normed = layer.buffer(s, "mixed_normed", heads * d_v)
         s.op(
             "gated_norm", reads=[out, ("inputs", layer.rows(s, heads * d_v))], writes=[normed], dtype=dtype,
@@ -118,7 +137,9 @@ class GatedDeltaNet:
 def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
     """Ops of a model with Gated DeltaNet in all layers."""
     options = options_of(settings, GatedDeltaNetOptions)
-    return state_trace(model, settings, scenario, lambda decoder: GatedDeltaNet(decoder=decoder, options=options))
+    return state_trace(
+        model, settings, scenario, lambda decoder: GatedDeltaNet(decoder=decoder, options=options), linear=True
+    )
 
 
 def state(model: Model, settings: MethodSettings, tokens: int, dtype: str) -> State:

@@ -111,7 +111,7 @@ class InPlaceMlp:
             )  # fmt: skip
 
     def emit_layer(self, s: Segment) -> Sequence[Read]:
-        if self.decoder.parallel.cp > 1 and s.run.tokens > 1:
+        if self.decoder.shares_prompt:
             return self._emit_shared_prompt(s)
         if s.run.from_empty:
             self._init_weights(s)

@@ -17,7 +17,17 @@ import numpy as np
 from ttt_sim.errors import ConfigError, UnsupportedError
 from ttt_sim.model import KVSettings, MethodSettings, Model, Scenario, TTTSettings
 from ttt_sim.ops import Num, Role, Trace
-from ttt_sim.workload.attention import Cache, declare_kv, emit_append, emit_core, kv_bytes, kv_token_bytes
+from ttt_sim.workload.attention import (
+    Cache,
+    declare_kv,
+    emit_append,
+    emit_core,
+    emit_joined_parts,
+    emit_shared_prompt,
+    held_by_chip,
+    kv_bytes,
+    kv_token_bytes,
+)
 from ttt_sim.workload.builder import Read, Segment, TraceBuilder, Write
 from ttt_sim.workload.kv_cache import DEFAULT_KV_DTYPE
 from ttt_sim.workload.method import Method, State, options_of
@@ -70,7 +80,7 @@ def _blocks(tokens: Num, block_tokens: int) -> Num:
 
 def _without_cp(scenario: Scenario, what: str) -> None:
     if scenario.parallel.cp > 1:
-        raise UnsupportedError(f"{what} is not modelled on context-parallel chips")
+        raise UnsupportedError(f"{what} is not modelled on context-parallel chips; kv_paged and kv are")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +93,7 @@ class Paged:
     block_tokens: int
 
     def declare(self, builder: TraceBuilder) -> None:
-        batch, blocks = self.scenario.batch, int(_blocks(self.scenario.context_tokens, self.block_tokens))
+        batch, blocks = self.scenario.batch, int(_blocks(held_by_chip(self.scenario, self.kv), self.block_tokens))
         builder.declare(
             "kv", (batch, blocks * self.block_tokens, 2, self.model.n_kv_heads, self.model.head_dim), self.kv.dtype,
             Role.KV, layers=range(self.model.n_layers),
@@ -97,16 +107,23 @@ class Paged:
         """Nothing is fetched ahead."""
 
     def emit(self, s: Segment, batch: int, q: Read, k: Read, v: Read) -> None:
-        keys = s.run.positions + s.run.tokens
-        found = _blocks(keys, self.block_tokens)
-        filled = found - s.run.positions // self.block_tokens  # blocks that rows are added to
+        parallel, m = self.scenario.parallel, s.run.tokens
         dtype, entry = self.scenario.dtype, batch * TABLE_ENTRY_BYTES
+        if self.scenario.shares_prompt:  # each chip has a table of its own part, in whose order it sends it on
+            table: Read = ("block_table", entry * _blocks(m, self.block_tokens))
+            emit_shared_prompt(s, self.model, self.kv, batch, dtype, q, k, v, parallel, filled=(table,), found=(table,))
+            return
+        keys = -(-(s.run.positions + m) // parallel.cp)
+        found = _blocks(keys, self.block_tokens)
+        filled = found - np.maximum(keys - m, 0) // self.block_tokens  # blocks that rows are added to
         emit_append(s, self.model, self.kv, batch, dtype, k, v, also=(("block_table", entry * filled),))
         rows: Read = ("kv", batch * kv_token_bytes(self.model, self.kv) * keys)
         emit_core(
             s, self.model, self.kv, batch, dtype, q, keys, stored=keys, fresh=(), cached=(rows,),
-            also=(("block_table", entry * found),),
+            also=(("block_table", entry * found),), pairs=None if parallel.cp == 1 else m * keys,
         )  # fmt: skip
+        if parallel.cp > 1:
+            emit_joined_parts(s, batch * m * self.model.n_heads * self.model.head_dim, dtype, parallel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,8 +239,7 @@ def _trace(
 
 
 def paged_trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
-    """Raises :class:`UnsupportedError` for context-parallel chips."""
-    _without_cp(scenario, "a paged cache")
+    """Raises :class:`UnsupportedError` where a chip of a context-parallel group would hold no key."""
     options = options_of(settings, PagedOptions)
     cache = Paged(model=model, kv=settings.kv, scenario=scenario, block_tokens=options.block_tokens)
     return _trace(model, settings, scenario, cache=cache)

@@ -13,13 +13,23 @@ the number and width of the model that it is applied to.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from ttt_sim.errors import ConfigError, UnsupportedError
 from ttt_sim.model import Call, KVSettings, MethodSettings, Model, Scenario, TTTSettings
-from ttt_sim.ops import Role, Trace
-from ttt_sim.workload.attention import dequantise_lanes, packed_bytes, visible_pairs
+from ttt_sim.ops import IntArray, Num, Role, Trace
+from ttt_sim.workload.attention import (
+    dequantise_lanes,
+    emit_joined_parts,
+    emit_step_to_next,
+    held_by_chip,
+    packed_bytes,
+    visible_pairs,
+)
 from ttt_sim.workload.builder import Read, Segment, TraceBuilder, Write, n_bytes
 from ttt_sim.workload.kv_cache import DEFAULT_KV_DTYPE
 from ttt_sim.workload.method import Method, State, options_of
@@ -86,9 +96,10 @@ class LatentAttention:
             decoder.declare_weight(builder, name, shape, layers=range(model.n_layers))
         tokens = self.scenario.context_tokens
         builder.declare("rope_table", (2, tokens, o.rope), decoder.dtype, Role.WEIGHT, layers=None, initial_version=0)
+        held = held_by_chip(self.scenario, decoder.kv)
         builder.declare(
-            "kv", (decoder.batch, tokens, o.width), decoder.kv.dtype, Role.KV, layers=range(model.n_layers),
-            size=decoder.batch * tokens * latent_token_bytes(decoder.kv, o), initial_version=0,
+            "kv", (decoder.batch, held, o.width), decoder.kv.dtype, Role.KV, layers=range(model.n_layers),
+            size=decoder.batch * held * latent_token_bytes(decoder.kv, o), initial_version=0,
         )  # fmt: skip
 
     def emit_layer(self, s: Segment) -> None:
@@ -123,6 +134,8 @@ class LatentAttention:
             self._absorbed(s, queries, rotated_q)
         else:
             self._expanded(s, queries, rotated_q)
+        if decoder.parallel.cp > 1 and not decoder.shares_prompt:
+            emit_joined_parts(s, rows * heads * h, dtype, decoder.parallel)
         projected = s.buffer("attn_projected", (batch, m, d), dtype)
         decoder.project(s, "o_proj", [("attn_core", size(rows, heads * h))], projected, n=d, k=heads * h)
         if decoder.parallel.tp > 1:
@@ -154,14 +167,14 @@ class LatentAttention:
         half: Read = ("kv_up.weight", decoder.size(heads * h, o.latent))
         absorbed = s.buffer("q_absorbed", (batch, m, heads * o.latent), dtype)
         s.op("absorb_q", reads=[queries, half], writes=[absorbed], dtype=dtype, batch=heads, m=rows, n=o.latent, k=h)
-        keys = s.run.positions + m
         sums = s.buffer("attn_latent", (batch, m, heads * o.latent), dtype)
-        s.op(
-            "latent_attention", reads=[absorbed, rotated_q, ("kv", batch * latent_token_bytes(decoder.kv, o) * keys)],
-            writes=[sums], dtype=dtype, batch=batch, m=m, n=keys, k=o.latent + o.rope // 2, heads=heads, kv_heads=1,
-            pairs=visible_pairs(decoder.kv, s.run.positions, m),
-            extra_lanes=dequantise_lanes(decoder.kv, batch * o.width * keys),
-        )  # fmt: skip
+        for name, keys, pairs, before in self._parts(s, sums):
+            s.op(
+                "latent_attention",
+                reads=[absorbed, rotated_q, (name, batch * latent_token_bytes(decoder.kv, o) * keys), *before],
+                writes=[sums], dtype=dtype, batch=batch, m=m, n=keys, k=o.latent + o.rope // 2, heads=heads, kv_heads=1,
+                pairs=pairs, extra_lanes=dequantise_lanes(decoder.kv, batch * o.width * keys),
+            )  # fmt: skip
         core = s.buffer("attn_core", (batch, m, heads * h), dtype)
         s.op("absorb_out", reads=[sums, half], writes=[core], dtype=dtype, batch=heads, m=rows, n=h, k=o.latent)
 
@@ -169,24 +182,50 @@ class LatentAttention:
         """K5 over all tokens that the call sees, F7 with as many KV heads as query heads."""
         o, decoder, m = self.options, self.decoder, s.run.tokens
         model, batch, dtype = decoder.model, decoder.batch, decoder.dtype
-        heads, h, keys = model.n_heads, model.head_dim, s.run.positions + m
+        heads, h = model.n_heads, model.head_dim
         token_bytes = latent_token_bytes(decoder.kv, o)
         rope_bytes = int(n_bytes(o.rope, decoder.kv.dtype))
-        name, _ = s.buffer("kv_expanded", (batch, int(keys.max()), 2, heads, h), dtype)
-        expanded: Write = (name, n_bytes(2 * heads * h * batch * keys, dtype))
-        s.op(
-            "latent_up",
-            reads=[("kv", batch * (token_bytes - rope_bytes) * keys),
-                   ("kv_up.weight", decoder.size(2 * heads * h, o.latent))],
-            writes=[expanded], dtype=dtype, m=batch * keys, n=2 * heads * h, k=o.latent,
-            extra_lanes=dequantise_lanes(decoder.kv, batch * o.latent * keys),
-        )  # fmt: skip
-        s.op(
-            "latent_attention", reads=[queries, rotated_q, expanded, ("kv", batch * rope_bytes * keys)],
-            writes=[s.buffer("attn_core", (batch, m, heads * h), dtype)], dtype=dtype, batch=batch, m=m, n=keys,
-            k=h + o.rope // 2, heads=heads, kv_heads=heads, pairs=visible_pairs(decoder.kv, s.run.positions, m),
-            extra_lanes=dequantise_lanes(decoder.kv, batch * o.rope * keys),
-        )  # fmt: skip
+        for source, keys, pairs, before in self._parts(s, ("attn_core", decoder.size(batch * m, heads * h))):
+            name, _ = s.buffer("kv_expanded", (batch, int(keys.max()), 2, heads, h), dtype)
+            expanded: Write = (name, n_bytes(2 * heads * h * batch * keys, dtype))
+            s.op(
+                "latent_up",
+                reads=[(source, batch * (token_bytes - rope_bytes) * keys),
+                       ("kv_up.weight", decoder.size(2 * heads * h, o.latent))],
+                writes=[expanded], dtype=dtype, m=batch * keys, n=2 * heads * h, k=o.latent,
+                extra_lanes=dequantise_lanes(decoder.kv, batch * o.latent * keys),
+            )  # fmt: skip
+            s.op(
+                "latent_attention",
+                reads=[queries, rotated_q, expanded, (source, batch * rope_bytes * keys), *before],
+                writes=[s.buffer("attn_core", (batch, m, heads * h), dtype)], dtype=dtype, batch=batch, m=m, n=keys,
+                k=h + o.rope // 2, heads=heads, kv_heads=heads,
+                pairs=pairs, extra_lanes=dequantise_lanes(decoder.kv, batch * o.rope * keys),
+            )  # fmt: skip
+
+    def _parts(self, s: Segment, sums: Read) -> Iterator[tuple[str, IntArray, Num, list[Read]]]:
+        """(latents, keys, pairs, sums so far) of the cores that a call takes: all keys at once, or of a chip of a
+        context-parallel group its part of them; where the group shares a prompt its own rows, then the latents of each
+        chip before, which go around the ring (P4) as they are kept."""
+        decoder, m = self.decoder, s.run.tokens
+        cp, positions = decoder.parallel.cp, s.run.positions
+        if not decoder.shares_prompt:
+            keys = positions + m
+            if cp == 1:
+                yield "kv", keys, visible_pairs(decoder.kv, positions, m), []
+            else:
+                keys = -(-keys // cp)
+                yield "kv", keys, m * keys, []
+            return
+        keys = np.full_like(positions, m)
+        yield "kv", keys, keys * (m + 1) // 2, []
+        size = decoder.batch * m * latent_token_bytes(decoder.kv, self.options)
+        source: Read = ("kv", size)
+        for _ in range(cp - 1):
+            received = s.buffer("kv_received", (decoder.batch, m, self.options.width), decoder.kv.dtype, size=size)
+            emit_step_to_next(s, source, received, decoder.batch * m, decoder.dtype, decoder.parallel)
+            source = received
+            yield received[0], keys, keys * m, [sums]
 
 
 def latent_token_bytes(kv: KVSettings, options: LatentOptions) -> int:
@@ -195,9 +234,9 @@ def latent_token_bytes(kv: KVSettings, options: LatentOptions) -> int:
 
 
 def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
-    """Raises :class:`UnsupportedError` for context-parallel chips and training."""
-    if scenario.parallel.cp > 1 or scenario.task == "train":
-        raise UnsupportedError("latent attention is not modelled in training or on context-parallel chips")
+    """Raises :class:`UnsupportedError` for training, and where a context-parallel chip would hold no latent."""
+    if scenario.task == "train":
+        raise UnsupportedError("latent attention is not modelled in training")
     options = options_of(settings, LatentOptions)
     plain = Decoder.of(model, settings.kv, scenario)
     decoder = replace(plain, mixer=LatentAttention(decoder=plain, scenario=scenario, options=options))

@@ -22,7 +22,15 @@ from ttt_sim.ops import Role, Trace
 from ttt_sim.workload.attention import attention_weights, kv_bytes
 from ttt_sim.workload.backward import ATTENTION_PRODUCTS, MLP_PRODUCTS
 from ttt_sim.workload.builder import Read, Segment, TraceBuilder, Write
-from ttt_sim.workload.fine_tuning import TrainingOptions, check_training, no_context, step_tokens, steps, training_of
+from ttt_sim.workload.fine_tuning import (
+    TrainingOptions,
+    check_context,
+    check_training,
+    no_context,
+    step_tokens,
+    steps,
+    training_of,
+)
 from ttt_sim.workload.kv_cache import DEFAULT_KV_DTYPE
 from ttt_sim.workload.method import Method, State
 from ttt_sim.workload.transformer import Decoder, decoder_trace
@@ -169,7 +177,7 @@ def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
     """A step of training, or calls of sequences that have an adapter each.
 
     Raises:
-        UnsupportedError: training on stages or context-parallel chips.
+        UnsupportedError: training on stages or context-parallel chips, which are refused after it as well.
     """
     options = _options(settings)
     trains = scenario.task == "train"
@@ -182,6 +190,7 @@ def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
     if trains:
         check_training(scenario)
         learner = training_of(decoder, options)
+    check_context(scenario)
     meta: dict[str, object] = {
         "model": model.name, "method": settings.name, "kv": asdict(settings.kv), "ttt": None,
         "options": asdict(options), "pinned": [],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ttt_sim.dtypes import tensor_bytes
 from ttt_sim.model import Call, MethodSettings, Model, Scenario
 from ttt_sim.ops import Trace, scan_chunks
-from ttt_sim.workload.builder import Read, Segment, TraceBuilder
+from ttt_sim.workload.builder import Read, Segment, TraceBuilder, Write
 from ttt_sim.workload.method import Method, State
 from ttt_sim.workload.mixers import (
     CONV_TAPS,
@@ -21,6 +21,7 @@ from ttt_sim.workload.mixers import (
     StateLayer,
     check_options,
     declare_state,
+    emit_state_scan,
     local_heads,
     no_shape,
     options_of,
@@ -121,31 +122,55 @@ class Mamba2:
             return name, self.decoder.size(batch * tokens, width)
 
         mixed, added, entered = [], [], []
-        for i, (length, times) in enumerate(chunks):
+
+        def within(i: int, length: int, times: int) -> None:
+            """S7 and S8."""
             tokens, name = length * times, "_rest" if i else ""
-            shared, values = part("convolved", 2 * state, tokens), part("convolved", layer.outputs, tokens)
-            rates = part(gates[0], 2 * heads, tokens)
             scores = s.buffer(f"ssm_scores{name}", (batch, times, length, length), dtype)
             s.op(
-                "ssm_scores", reads=[shared], writes=[scores], dtype=dtype, batch=batch * times, m=length, n=length,
-                k=state,
+                "ssm_scores", reads=[part("convolved", 2 * state, tokens)], writes=[scores], dtype=dtype,
+                batch=batch * times, m=length, n=length, k=state,
             )  # fmt: skip
             mixed.append(s.buffer(f"mixed{name}", (batch, tokens, layer.outputs), dtype))
             s.op(
-                "ssm_mix", reads=[scores, rates, values], writes=[mixed[i]], dtype=dtype, batch=batch * heads * times,
-                m=length, n=head, k=length, extra_lanes=_PAIR_LANES * batch * heads * times * length * length,
+                "ssm_mix",
+                reads=[scores, part(gates[0], 2 * heads, tokens), part("convolved", layer.outputs, tokens)],
+                writes=[mixed[i]], dtype=dtype, batch=batch * heads * times, m=length, n=head, k=length,
+                extra_lanes=_PAIR_LANES * batch * heads * times * length * length,
             )  # fmt: skip
+
+        def passed(reads: list[Read], writes: list[Write], states: int) -> None:
+            """S10 over ``states`` of every sequence."""
+            s.op(
+                "state_pass", reads=reads, writes=writes, dtype=options.state_dtype, m=batch * states,
+                n=heads * head * state,
+            )  # fmt: skip
+
+        shares = self.decoder.shares_prompt
+        for i, (length, times) in enumerate(chunks):
+            if not shares:
+                within(i, length, times)
+            tokens, name = length * times, "_rest" if i else ""
             shape = (batch, times, heads, head, state)
             added.append(s.buffer(f"chunk_states{name}", shape, options.state_dtype))
             entered.append(s.buffer(f"entered_states{name}", shape, options.state_dtype))
             s.op(
-                "ssm_states", reads=[shared, values, rates], writes=[added[i]], dtype=dtype,
-                batch=batch * heads * times, m=head, n=state, k=length,
+                "ssm_states",
+                reads=[part("convolved", 2 * state, tokens), part("convolved", layer.outputs, tokens),
+                       part(gates[0], 2 * heads, tokens)],
+                writes=[added[i]], dtype=dtype, batch=batch * heads * times, m=head, n=state, k=length,
             )  # fmt: skip
-        s.op(
-            "state_pass", reads=[*added, gates, before], writes=[*entered, ("state", size)], dtype=options.state_dtype,
-            m=batch * sum(times for _, times in chunks), n=heads * head * state,
-        )  # fmt: skip
+        n_chunks = sum(times for _, times in chunks)
+        if shares:  # what the part leaves by itself; scores beside the scan; then all chunks after the state before it
+            left = s.buffer("part_state", (batch, heads, head, state), options.state_dtype)
+            passed([*added, gates], [left], n_chunks)
+            arrived = emit_state_scan(s, self.decoder, left[0], heads * head * state, options.state_dtype)
+            for i, (length, times) in enumerate(chunks):
+                within(i, length, times)
+            passed([arrived, left, (gates[0], 0)], [("state", size)], 1)
+            passed([*added, gates, arrived], [*entered], n_chunks)
+        else:
+            passed([*added, gates, before], [*entered, ("state", size)], n_chunks)
         joined: list[Read] = []
         for i, (length, times) in enumerate(chunks):
             tokens, name = length * times, "_rest" if i else ""
@@ -161,7 +186,7 @@ class Mamba2:
 def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
     """Ops of a model with Mamba2 in all layers."""
     options = options_of(settings, Mamba2Options)
-    return state_trace(model, settings, scenario, lambda decoder: Mamba2(decoder=decoder, options=options))
+    return state_trace(model, settings, scenario, lambda decoder: Mamba2(decoder=decoder, options=options), linear=True)
 
 
 def state(model: Model, settings: MethodSettings, tokens: int, dtype: str) -> State:

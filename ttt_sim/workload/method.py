@@ -8,7 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ttt_sim.data_files import did_you_mean
-from ttt_sim.errors import ConfigError
+from ttt_sim.errors import ConfigError, UnsupportedError
 from ttt_sim.model import Call, MethodSettings, Model, Scenario, TTTSettings
 from ttt_sim.ops import Trace
 from ttt_sim.units import parse_tokens
@@ -103,6 +103,14 @@ class Method:
     needs: tuple[str, ...] = ()
     caveat: str = ""
     step_call: Callable[[MethodSettings, int], Call] = _whole_context
+
+
+def one_after_another(name: str) -> UnsupportedError:
+    """Why a method cannot share a context among context-parallel chips."""
+    return UnsupportedError(
+        f"method {name} cannot share a context among context-parallel chips: each chunk's gradient is taken at the "
+        "weights that the chunk before left, so chunks run one after another"
+    )
 
 
 def options_of(settings: MethodSettings, kind: type[T]) -> T:

@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 
 from ttt_sim.data_files import did_you_mean
 from ttt_sim.dtypes import DTYPES
-from ttt_sim.errors import ConfigError, UnsupportedError
+from ttt_sim.errors import ConfigError
 from ttt_sim.model import Call, KVSettings, MethodSettings, Model, Scenario, TTTSettings
 from ttt_sim.ops import Num, Role, Trace
 from ttt_sim.units import ceil_div
+from ttt_sim.workload.attention import emit_step_to_next
 from ttt_sim.workload.builder import Read, Segment, TraceBuilder, Write, n_bytes
 from ttt_sim.workload.kv_cache import DEFAULT_KV_DTYPE
+from ttt_sim.workload.method import one_after_another
 from ttt_sim.workload.transformer import Decoder, Mixer, decoder_trace
 
 Options = TypeVar("Options")
@@ -97,10 +99,17 @@ class StateLayer:
         if self.conv:
             looked_at = self.convolved
             kept = ("conv_state", decoder.size(decoder.batch * min(s.run.tokens, CONV_TAPS - 1), looked_at))
-            before = 0 if s.run.from_empty else decoder.size(decoder.batch * (CONV_TAPS - 1), looked_at)
+            before: list[Read] = [("conv_state", decoder.size(decoder.batch * (CONV_TAPS - 1), looked_at))]
+            if s.run.from_empty:
+                before = [("conv_state", 0)]
+            elif decoder.shares_prompt:  # the last rows of the chip before
+                rows_before = decoder.batch * min(s.run.tokens, CONV_TAPS - 1)
+                received = s.buffer("conv_before", (rows_before, looked_at), decoder.dtype)
+                emit_step_to_next(s, ("inputs", received[1]), received, rows_before, decoder.dtype, decoder.parallel)
+                before = [("conv_state", 0), received]
             weight: Read = ("short_conv.weight", decoder.size(self.conv, CONV_TAPS))
             s.op(
-                "short_conv", reads=[("inputs", self.rows(s, looked_at)), weight, ("conv_state", before)],
+                "short_conv", reads=[("inputs", self.rows(s, looked_at)), weight, *before],
                 writes=[self.buffer(s, "convolved", self.conv), kept], dtype=decoder.dtype, m=rows, n=self.conv,
             )  # fmt: skip
 
@@ -134,6 +143,17 @@ def state_bytes(decoder: Decoder, elements: int, dtype: str) -> Num:
     return n_bytes(decoder.batch * elements, dtype)
 
 
+def emit_state_scan(s: Segment, decoder: Decoder, part: str, elements: int, dtype: str) -> Read:
+    """P6: the state before a chip's part of a prompt, of ``elements`` for each sequence. Every chip adds what its part
+    leaves (``part``) to what it got, and passes that on."""
+    before = s.buffer("state_before", (decoder.batch, elements), dtype)
+    s.op(
+        "delta_scan", reads=[(part, before[1])], writes=[before], dtype=dtype, m=decoder.batch * elements, n=1,
+        heads=decoder.parallel.cp, kv_heads=decoder.parallel.tp * decoder.parallel.cp,
+    )  # fmt: skip
+    return before
+
+
 def local_heads(heads: int, decoder: Decoder) -> int:
     """Heads of one chip of a tensor-parallel group."""
     return ceil_div(heads, decoder.parallel.tp)
@@ -144,14 +164,18 @@ def no_shape(call: Call) -> tuple[int, ...]:
     return ()
 
 
-def state_trace(model: Model, settings: MethodSettings, scenario: Scenario, make: Callable[[Decoder], Mixer]) -> Trace:
-    """The decoder with ``make``'s mixer in all layers.
+def state_trace(
+    model: Model, settings: MethodSettings, scenario: Scenario, make: Callable[[Decoder], Mixer], *,
+    linear: bool = False,
+) -> Trace:  # fmt: skip
+    """The decoder with ``make``'s mixer in all layers. ``linear``: a part of a prompt acts on the state before it as a
+    product and a sum, which chips find out before they know that state.
 
     Raises:
-        UnsupportedError: a context-parallel group, for whose chips the state would have to be handed on.
+        UnsupportedError: a context-parallel group, where updates are not linear in the state.
     """
-    if scenario.parallel.cp > 1:
-        raise UnsupportedError(f"method {settings.name} is modelled without context parallelism")
+    if scenario.parallel.cp > 1 and not linear:
+        raise one_after_another(settings.name)
     mixer = make(Decoder.of(model, settings.kv, scenario))
     meta: dict[str, object] = {
         "model": model.name, "method": settings.name, "kv": asdict(settings.kv), "ttt": None,

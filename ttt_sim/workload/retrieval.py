@@ -368,7 +368,10 @@ class Retrieval:
 def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
     """Raises :class:`UnsupportedError` for context-parallel chips."""
     if scenario.parallel.cp > 1:
-        raise UnsupportedError("retrieval is not modelled on context-parallel chips")
+        raise UnsupportedError(
+            "a question reads the few passages that a search found, so there is no long context for context-parallel "
+            "chips to share; a tensor-parallel group shares the index"
+        )
     options = options_of(settings, RetrievalOptions)
     meta: dict[str, object] = {
         "model": model.name, "method": settings.name, "kv": asdict(settings.kv), "ttt": None,

@@ -108,6 +108,7 @@ class Decoder:
     that change (names without ``.weight``); ``own``: those of which every sequence has a copy; ``trains``: calls are
     steps of training, of which no KV cache is kept. ``shared_tokens``: so many first tokens are the same in all
     sequences and run once. ``post_norms``: what a branch adds to the residual stream is normed before.
+    ``shares_prompt``: the call is a context-parallel chip's part of a prompt.
     """
 
     model: Model
@@ -124,6 +125,7 @@ class Decoder:
     cache: Cache | None = None
     shared_tokens: int = 0
     post_norms: bool = False
+    shares_prompt: bool = False
 
     @staticmethod
     def of(
@@ -143,6 +145,7 @@ class Decoder:
             model=model, kv=kv, batch=scenario.batch, dtype=scenario.dtype, parallel=scenario.parallel,
             stages=stage_starts(model, scenario.parallel.pp), mixer=mixer, adapters=adapters, trained=trained,
             own=own, trains=scenario.task == "train", cache=cache, shared_tokens=shared_tokens,
+            shares_prompt=scenario.shares_prompt,
         )  # fmt: skip
 
     def size(self, *shape: int) -> int:
@@ -251,7 +254,7 @@ class Decoder:
         if self.mixer is None:
             emit_attention(
                 s, self.model, self.kv, self.batch, self.dtype, self.parallel, self.project, cached=not self.trains,
-                cache=self.cache,
+                cache=self.cache, shares_prompt=self.shares_prompt,
             )  # fmt: skip
         else:
             self.mixer.emit_layer(s)

@@ -37,7 +37,7 @@ from ttt_sim.workload.backward import MOMENTS, STATE_DTYPE, Backward, Optimiser,
 from ttt_sim.workload.builder import Read, Run, Segment, TraceBuilder, Write, n_bytes
 from ttt_sim.workload.fine_tuning import check_training
 from ttt_sim.workload.kv_cache import DEFAULT_KV_DTYPE
-from ttt_sim.workload.method import Method, State
+from ttt_sim.workload.method import Method, State, one_after_another
 from ttt_sim.workload.transformer import Decoder, decoder_trace
 
 DEFAULT_WINDOW_TOKENS = 8192
@@ -453,6 +453,8 @@ def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
         UnsupportedError: stages or context-parallel chips, through which the backward pass has no rule.
     """
     options = _checked(settings)
+    if scenario.parallel.cp > 1:
+        raise one_after_another(settings.name)
     check_training(scenario)
     scenario = replace(scenario, calls=cut(scenario.calls, options.mini_batch))
     shape = e2e_model(model, scenario.parallel.tp)
