@@ -41,7 +41,7 @@ COLUMNS: tuple[str, ...] = (
     "ask_seconds", "ask_seconds_low", "ask_seconds_high", "ask_energy_j", "ask_bound_by", "ask_why",
     "step_seconds", "step_seconds_low", "step_seconds_high", "tokens_per_s", "energy_j_per_token",
     "cost_usd_per_million_tokens", "bound_by", "decode_why", "boundary_added_seconds", "unmeasured_share",
-    "answer_seconds", "peak_memory_bytes", "users",
+    "answer_seconds", "peak_memory_bytes", "users", "lifetime_days", "lifetime_limited_by",
 )  # fmt: skip
 
 
@@ -266,6 +266,9 @@ def _row(settings: Approaches, name: str, adapt: Record, ask: Record, decode: Re
                 "tokens_per_s", "energy_j_per_token", "cost_usd_per_million_tokens", "bound_by", "unmeasured_share",
             )
         }  # fmt: skip
+        row["lifetime_limited_by"] = decode.get("lifetime_limited_by")
+        if decode.get("lifetime_days") is not None:  # in the turns of others nothing of a user is written
+            row["lifetime_days"] = _number(decode, "lifetime_days") * turns
         if decode.get("boundary_step_seconds") is not None:
             row["boundary_added_seconds"] = _number(decode, "boundary_step_seconds") - _number(
                 decode, "ordinary_step_seconds"

@@ -17,13 +17,13 @@ from ttt_sim.results import FloatArray, Result
 
 SECONDS_PER_DAY = 86400
 #: Tensors that have cells of their own; temporaries take whatever cells are free.
-_STATE = (Role.FAST_WEIGHT, Role.KV, Role.CARRY)
+_STATE = (Role.FAST_WEIGHT, Role.KV, Role.CARRY, Role.OPTIMISER, Role.INDEX)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateCost:
-    """Means over the updates of a simulation, each of one layer and one sequence; of all layers where a step is over
-    all of them.
+    """Means over the updates of a simulation, each of one layer and one sequence. Where a trace says so (``updates`` of
+    its ``meta``) an update is that of all layers (``together``), and of all sequences too (``once``).
 
     ``count``           updates in the span that the step weights add up to, all layers and sequences
     ``per_layer``       those of one layer
@@ -63,8 +63,10 @@ def update_cost(result: Result, weights: FloatArray, batch: int) -> UpdateCost |
     trace, work, lead = result.trace, result.lowered.work, result.lowered.kernels.lead
     written = np.flatnonzero(trace.phase == int(Phase.WEIGHT_WRITE))
     layer = trace.layer
-    if trace.meta.get("updates") == "together":  # one step over all layers is one update
+    if trace.meta.get("updates"):
         layer = np.zeros_like(layer)
+    if trace.meta.get("updates") == "once":
+        batch = 1
     place = np.stack([trace.step, layer, trace.chunk], axis=1)
     updates = np.unique(place[written], axis=0)  # the first of a chip's part of a context adds earlier deltas besides
     count = batch * float(weights[updates[:, 0]].sum())
@@ -98,7 +100,8 @@ def cell_writes(result: Result, weights: FloatArray) -> list[CellWrites]:
     """Writes per cell of every tensor that keeps state, in main memory, behind it or, pinned, in the cache.
 
     Appends go to new cells until a buffer is full: a window is written once in its length, a full cache once in a
-    context. So each cell of a buffer takes the bytes that are written over the bytes of the buffer.
+    context, an index once when it is built. So each cell of a buffer takes the bytes that are written over the bytes of
+    the buffer.
     """
     trace, chip, traffic = result.trace, result.chip, result.lowered.traffic
     step = trace.step[owners(trace.write_ptr)]
@@ -168,8 +171,10 @@ def update_record(
             "update_read_bytes": shards * cost.read_bytes,
             "update_write_bytes": shards * cost.write_bytes,
             "updates_per_s": copies * cost.per_layer / seconds,
-            "cell_writes_per_s": max((w.per_cell / seconds for w in writes if w.role == Role.FAST_WEIGHT), default=0.0),
         }
+    changed = [w.per_cell / seconds for w in writes if w.role == Role.FAST_WEIGHT]
+    if changed or cost is not None:  # states are rewritten at every token, without updates that could be told apart
+        out["cell_writes_per_s"] = max(changed, default=0.0)
     lasts = [(days, w) for w in writes if (days := lifetime_days(w, seconds)) is not None]
     if lasts:
         days, first = min(lasts, key=lambda pair: pair[0])

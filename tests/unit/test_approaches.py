@@ -104,6 +104,33 @@ def test_what_a_chip_cannot_do_is_a_row_that_says_why() -> None:
         assert len(figure(result).table) in (2, 3)
 
 
+def test_memory_that_wears_is_a_finding() -> None:
+    """ReRAM of 1e6 writes: as the record of decode says; users with models of their own write in their turns only."""
+    methods = ("kv", "ttt_window", "fine_tuning", "gated_deltanet")
+    settings = replace(
+        SETTINGS, chip=load_chip("reram_cim"), model=load_model("toy"), methods=methods, context=256, options={}
+    )
+    result = approach(settings)
+    for method in methods[:2]:
+        record = simulate_point(
+            make_point("reram_cim", "toy", method, phase="decode", context=256, batch=4, window=1024)
+        ).record
+        found = row(result, method)
+        assert found["lifetime_days"] == record["lifetime_days"]
+        assert found["lifetime_limited_by"] == record["lifetime_limited_by"]
+    one = simulate_point(make_point("reram_cim", "toy", "fine_tuning", phase="decode", context=256)).record
+    assert row(result, "fine_tuning")["lifetime_days"] == 4 * float(str(one["lifetime_days"]))
+    assert pd.isna(row(result, "gated_deltanet")["lifetime_days"])
+    (sentence,) = [text for text in findings(result) if text.startswith("Memory that wears out")]
+    assert "carry_inputs in reram lasts" in sentence
+    assert sentence.endswith("What a cache keeps back does not wear it: Gated DeltaNet.")
+
+
+def test_no_memory_that_wears_no_finding(data: Approached) -> None:
+    assert not any(text.startswith("Memory that wears out") for text in findings(data))
+    assert data.table["lifetime_days"].isna().all()
+
+
 def test_small_memories_take_shorter_calls_and_more_chips() -> None:
     small = replace(
         SETTINGS, chip=load_chip("groq_lpu"), model=load_model("Qwen3-4B"), methods=("kv_window", "lora"), batch=8,

@@ -226,6 +226,143 @@ def test_methods_without_updates_have_none_of_it(phase):
     assert all(worn[column] is not None for column in WEAR_COLUMNS)  # its cache wears all the same
 
 
+# --- other methods: a state at every token, mini-batches, steps of training, an index ---------------------------------
+
+#: Options with short mini-batches, of toy models.
+SHORT: dict[str, dict[str, str]] = {"ttt_e2e": {"mini_batch": "32"}, "lact": {"chunk_tokens": "32"}}
+
+
+def worn_method(method: str, phase: str, batch: int = 2, engine: str = "compiled"):
+    """96 tokens, a window of 64, memory that endures 864000 writes and a cache that holds nothing."""
+    point = make_point(
+        wearing(memories__l2__capacity="1 B", memories__hbm__capacity="10 GB"), "toy", method, phase=phase,  # type: ignore[arg-type]
+        context=96, batch=batch, window=64, options=SHORT.get(method), engine=engine,
+        ttt=TTTSettings(layers=(0, 2), chunk_tokens=32),
+    )  # fmt: skip
+    return simulate_point(point)
+
+
+def lives(days: object, writes_per_s: float, endurance: float = 864000) -> None:
+    assert days == pytest.approx(endurance / writes_per_s / 86400)
+
+
+@pytest.mark.parametrize(
+    ("method", "phase", "expected"),
+    [
+        # A token rewrites the state, and one of the three rows that the convolution looks back at.
+        ("gated_deltanet", "decode", {"state": 1, "conv_state": 1 / 3}),
+        ("mamba2", "decode", {"state": 1, "conv_state": 1 / 3}),
+        ("ttt_linear", "decode", {"state": 1, "conv_state": 1 / 3}),
+        ("ttt_mlp", "decode", {"state": 1, "conv_state": 1 / 3}),
+        ("titans", "decode", {"state": 1, "momentum": 1, "conv_state": 1 / 3}),
+        # One call: every state and row once; of chunks of 64 one stays open, whose start is kept.
+        ("gated_deltanet", "prefill", {"state": 1, "conv_state": 1}),
+        ("titans", "prefill", {"state": 1, "momentum": 1, "conv_state": 1, "state_start": 1}),
+        # Chunks of 32: the trained weights are copied, three updates; a call of 96 rows stores the last 64 of them.
+        ("lact", "prefill", {"state": 4, "kv": 1, "rates": 1}),
+        ("lact", "decode", {"state": 1 / 32, "kv": 1 / 64, "rates": 1 / 32}),
+        # 96 rows into a window of 64; 31 of 32 tokens into the 31 rows of an open mini-batch.
+        ("ttt_e2e", "prefill", {**dict.fromkeys(("prime_gate_proj.weight", "prime_up_proj.weight",
+                                                 "prime_down_proj.weight"), 4), "kv": 1.5}),
+        ("ttt_e2e", "decode", {**dict.fromkeys(("prime_gate_proj.weight", "prime_up_proj.weight",
+                                                "prime_down_proj.weight"), 1 / 32), "kv": 1 / 64, "open_kv": 1 / 32}),
+        # Room for 96 tokens, 32 more and the step after them, in blocks of 16 that make 144.
+        ("kv_mla", "decode", {"kv": 1 / 129}),
+        ("kv_paged", "decode", {"kv": 1 / 144}),
+        ("rag", "index", {"index.vectors": 1}),
+    ],
+)  # fmt: skip
+def test_cells_written_by_other_methods(method, phase, expected, engine):
+    done = worn_method(method, phase, engine=engine)
+    assert done.result is not None
+    found = {w.tensor: w.per_cell for w in cell_writes(done.result, done.step_weights) if w.tensor != "block_table"}
+    assert found == pytest.approx(expected)
+    most = max(expected.values()) / number(done.record["seconds"])
+    assert done.record["cell_writes_per_s"] == pytest.approx(most)
+    lives(done.record["lifetime_days"], most)
+    assert done.record["lifetime_limited_by"] in {
+        f"{name} in hbm" for name, n in expected.items() if n == max(expected.values())
+    }
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_ttt", "q_ttt", "fine_tuning", "ttt_outer"])
+def test_a_step_of_training_writes_weights_moments_and_masters_once(method):
+    done = worn_method(method, "train")
+    assert done.result is not None
+    found = cell_writes(done.result, done.step_weights)
+    assert {w.per_cell for w in found} == {1}
+    trained = {w.tensor.removesuffix(".weight") for w in found if w.role == Role.FAST_WEIGHT}
+    for part in ("moments", "master"):
+        assert {w.tensor.removesuffix(f".{part}") for w in found if w.tensor.endswith(part)} == trained
+    lives(done.record["lifetime_days"], 1 / number(done.record["seconds"]))
+
+
+@pytest.mark.parametrize(
+    ("method", "updates"), [("fine_tuning", 1), ("lora", 1), ("ttt_outer", 1), ("lora_ttt", 2), ("q_ttt", 2)]
+)
+def test_a_step_of_training_is_one_update_or_one_of_each_sequence(method, updates):
+    """Two sequences train one copy of the weights, or each its own; an update is that of all layers."""
+    done = worn_method(method, "train")
+    assert done.result is not None
+    record, seconds = done.record, number(done.record["seconds"])
+    assert record["updates_per_s"] == pytest.approx(updates / seconds)
+    ops = done.result.ops()
+    update = ops[ops["phase"].isin(["backward", "weight_write"])]
+    assert number(record["update_energy_j"]) * updates == pytest.approx(update["energy_j"].sum())
+    assert number(record["update_write_bytes"]) * updates == pytest.approx(update["main_write_bytes"].sum())
+    span = (update["finish_cycles"].max() - update["start_cycles"].min()) * 1e-9
+    assert number(record["update_seconds"]) * updates == pytest.approx(span)
+    assert number(record["update_seconds"]) <= seconds
+
+
+@pytest.mark.parametrize("method", ["gated_deltanet", "mamba2", "ttt_linear", "ttt_mlp", "titans"])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_state_rewritten_at_every_token_has_no_updates(method, phase):
+    record = worn_method(method, phase).record
+    assert {record[column] for column in UPDATE_COLUMNS} == {None}
+    plain = simulate_point(
+        make_point(chip(memories__l2__capacity="1 B"), "toy", method, phase=phase, context=96, batch=2)
+    ).record
+    assert number(plain["cell_writes_per_s"]) == pytest.approx(1 / number(plain["seconds"]))
+    assert plain["lifetime_days"] is None
+
+
+@pytest.mark.parametrize(("method", "calls"), [("ttt_e2e", 32), ("lact", 32)])
+def test_updates_of_mini_batches_come_once_in_each(method, calls):
+    record = worn_method(method, "decode").record
+    assert record["updates_per_s"] == pytest.approx(number(record["tokens_per_s"]) / calls)
+
+
+@pytest.mark.parametrize(("name", "memory", "endurance"), [("reram_cim", "reram", 1e6), ("hermes_pcm", "pcm", 1e9)])
+@pytest.mark.parametrize(
+    ("method", "phase", "tensor", "writes"),
+    [
+        ("kv", "prefill", "kv", 1),
+        ("kv", "decode", "kv", 1 / (64 + 1024 + 1)),
+        ("kv_window", "decode", "kv", 1 / 1024),
+        ("kv_mla", "decode", "kv", 1 / (64 + 1024 + 1)),
+        ("ttt_window", "decode", "carry_inputs", 0.5),
+        ("ttt_e2e", "decode", "prime_gate_proj.weight", 1 / 1024),
+        ("lact", "decode", "kv", 1 / 1024),
+        ("gated_deltanet", "prefill", "conv_state", 1),
+        ("lora", "train", "q_proj_a.weight", 1),
+        ("fine_tuning", "train", "embedding.weight", 1),
+    ],
+)  # fmt: skip
+def test_lifetimes_of_chips_that_wear(name, memory, endurance, method, phase, tensor, writes):
+    record = simulate_point(make_point(name, "toy", method, phase=phase, context=64, window=1024)).record
+    assert record["lifetime_limited_by"] == f"{tensor} in {memory}"
+    lives(record["lifetime_days"], writes / number(record["seconds"]), endurance)
+
+
+@pytest.mark.parametrize("name", ["reram_cim", "hermes_pcm"])
+@pytest.mark.parametrize("method", ["gated_deltanet", "mamba2", "titans"])
+def test_states_that_stay_in_a_buffer_wear_nothing(name, method):
+    record = simulate_point(make_point(name, "toy", method, phase="decode", context=64)).record
+    assert record["fits"]
+    assert record["lifetime_days"] is record["cell_writes_per_s"] is None
+
+
 # --- several chips ----------------------------------------------------------------------------------------------------
 
 

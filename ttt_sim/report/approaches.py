@@ -25,6 +25,7 @@ from ttt_sim.report.folder import replaced_folder, write_summary
 from ttt_sim.report.markdown import figure_lines, table_row
 from ttt_sim.report.names import short_title, three_digits
 from ttt_sim.units import format_bytes, format_seconds, format_si
+from ttt_sim.update_cost import SECONDS_PER_DAY
 
 TITLE = "Ways to adapt"
 NOTE = (
@@ -48,6 +49,7 @@ _LONG: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("users held", "users", lambda value: f"{value:,.0f}"),
     ("chips", "chips", lambda value: f"{value:.0f}"),
     ("chips to adapt", "adapt_chips", lambda value: f"{value:.0f}"),
+    ("memory lasts", "lifetime_days", lambda value: format_seconds(value * SECONDS_PER_DAY)),
 )
 #: What "least of all" is said of: column, start of the sentence, format.
 _LEAST: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -86,6 +88,14 @@ def findings(data: Approached) -> list[str]:
             "Jitter: a step that completes a chunk takes up to "
             f"{format_seconds(float(worst['boundary_added_seconds']))} longer ({short_title(str(worst['method']))})."
         )
+    worn = table[table["lifetime_days"].notna()].sort_values(["lifetime_days", "method"], kind="stable")
+    if not worn.empty:
+        best = f"; at best {_lasts(worn.iloc[-1])}" if len(worn) > 1 else ""
+        out.append(f"Memory that wears out: decoding without a pause, {_lasts(worn.iloc[0])}{best}.")
+        kept = table[table["lifetime_days"].isna() & table["step_seconds"].notna()]["method"]
+        if len(kept):
+            names = ", ".join(short_title(str(name)) for name in kept)
+            out[-1] += f" What a cache keeps back does not wear it: {names}."
     large = table["why"].str.contains(" need ", regex=False)
     if large.any():
         names = ", ".join(short_title(str(name)) for name in table.loc[large, "method"])
@@ -96,6 +106,12 @@ def findings(data: Approached) -> list[str]:
         names = ", ".join(short_title(str(name)) for name in rows["method"])
         out.append(f"Not on this chip, as a whole or in part: {names}. {_sentence(str(why))}")
     return out
+
+
+def _lasts(row: pd.Series[Any]) -> str:
+    """Which cells last how long."""
+    lasts = format_seconds(float(row["lifetime_days"]) * SECONDS_PER_DAY)
+    return f"{row['lifetime_limited_by']} lasts {lasts} with {short_title(str(row['method']))}"
 
 
 def _sentence(text: str) -> str:

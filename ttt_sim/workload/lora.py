@@ -195,6 +195,8 @@ def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
         "model": model.name, "method": settings.name, "kv": asdict(settings.kv), "ttt": None,
         "options": asdict(options), "pinned": [],
     }  # fmt: skip
+    if options.own:
+        meta["updates"] = "together"
     return decoder_trace(decoder, scenario, learner=learner, meta=meta)
 
 

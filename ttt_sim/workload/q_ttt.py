@@ -65,7 +65,7 @@ def trace(model: Model, settings: MethodSettings, scenario: Scenario) -> Trace:
         learner = training_of(decoder, options)
     meta: dict[str, object] = {
         "model": model.name, "method": settings.name, "kv": asdict(settings.kv), "ttt": None,
-        "options": asdict(options), "pinned": [],
+        "options": asdict(options), "pinned": [], "updates": "together",
     }  # fmt: skip
     return decoder_trace(decoder, scenario, learner=learner, meta=meta)
 

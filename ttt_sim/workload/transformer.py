@@ -348,7 +348,8 @@ def decoder_trace(
 
     ``rows_of``: the rows that the calls of a run take through the layers, if they are not the new ones; ``apart``:
     layers that the decoder's mixer treats in another way than the rest.
-    ``meta`` is kept, with ``batch``, ``dtype`` and ``calls`` ([position, tokens, logits] each) added.
+    ``meta`` is kept, with ``batch``, ``dtype`` and ``calls`` ([position, tokens, logits] each) added, and ``updates``
+    of training, which are of all layers and, unless ``meta`` says ``together``, of all sequences.
     Raises :class:`ConfigError` for a dtype or cache that cannot be, :class:`WorkloadError` for a scenario too large to
     count in 64 bits.
     """
@@ -394,6 +395,8 @@ def decoder_trace(
         learning = learner.segments(builder, run) if learner is not None else ()
         builder.add_run(run, [(before, -1), (start, -1), *order, (end, -1), *learning])
     calls = [[call.position, call.tokens, call.logits] for call in scenario.calls]
+    if decoder.trains:
+        meta = {"updates": "once", **meta}
     return builder.build({**meta, "batch": scenario.batch, "dtype": scenario.dtype, "calls": calls})
 
 
