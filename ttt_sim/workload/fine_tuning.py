@@ -50,7 +50,7 @@ class TrainingOptions(StepOptions):
 def check_training(scenario: Scenario) -> None:
     """Raise :class:`UnsupportedError` where the backward pass has no rule for the chips of ``scenario``."""
     if scenario.parallel.pp > 1:
-        raise UnsupportedError("training is modelled on one chip or a tensor-parallel group, without pipeline stages")
+        raise UnsupportedError("training is modelled on one chip or a tensor-parallel group, without stages")
     if scenario.parallel.cp > 1:
         raise UnsupportedError(
             "training on context-parallel chips would pass gradients of keys and values back around the ring, for "
