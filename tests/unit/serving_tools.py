@@ -146,8 +146,8 @@ class FixedTimes:
     def n_completing(self, positions: IntArray) -> int:
         return 0 if self.chunk is None else int(sum((p + 1) % self.chunk == 0 for p in positions.tolist()))
 
-    def completing(self, n: int) -> Cost:
-        return Cost(n * self.extra, 0)
+    def added(self, positions: IntArray) -> Cost:
+        return Cost(self.n_completing(positions) * self.extra, 0)
 
     def prefill(self, position: int, tokens: int, *, logits: bool) -> Cost:
         return Cost(self.call, 1)

@@ -83,6 +83,67 @@ def test_a_chunk_completed_in_lockstep(method: str, n: int) -> None:
         assert abs(off(times, [position] * n, exact)) < 0.03, position
 
 
+def mini_batches(window: int = 128) -> Machine:
+    """The toy with TTT-E2E, mini-batches of 32."""
+    point = make_point("tiny_gpu", "toy", "ttt_e2e", window=window, options={"mini_batch": "32"})
+    return Machine(chip=point.chip, model=point.model, method=point.method, dtype=point.dtype, call_tokens=64)
+
+
+@pytest.mark.parametrize("n", [1, 3, UPDATE_GROUP])
+def test_a_mini_batch_completed_in_lockstep(n: int) -> None:
+    """It runs again over what the window holds: simulated at both ends of its growth, interpolated between, where the
+    four cores of the tiny chip make stairs."""
+    machine = mini_batches()
+    times = StepTimes(machine=machine, longest=400)
+    for number in (1, 2, 3, 5, 9):
+        position = 32 * number - 1
+        steps = [position + i for i in range(-2, 4)]
+        seconds = lockstep_seconds(machine.chip, decode_trace(machine.model, machine.method, steps, n))
+        exact = seconds[2] + max(seconds[3] - seconds[4], 0.0)
+        assert abs(off(times, [position] * n, exact)) < (0.001 if number in (1, 5, 9) else 0.05), number
+    assert {number for _, number in times.extras} == {1, 5}  # 128 tokens are four mini-batches
+
+
+def test_mini_batches_of_a_gpu() -> None:
+    """Within 5 %, where the window makes a completed mini-batch half as dear again."""
+    machine = machine_of("h100", "ttt-e2e-125m", "ttt_e2e")
+    times = StepTimes(machine=machine, longest=20_000)
+    found = {}
+    for number in (1, 2, 5, 8, 12):
+        position = 1024 * number - 1
+        steps = [position + i for i in range(-2, 4)]
+        seconds = lockstep_seconds(machine.chip, decode_trace(machine.model, machine.method, steps, 4))
+        exact = seconds[2] + max(seconds[3] - seconds[4], 0.0)
+        assert abs(off(times, [position] * 4, exact)) < 0.05, number
+        found[number] = times.decode(np.array([position] * 4)).ps
+    assert found[12] > 1.3 * found[2]
+    both = np.array([1023, 12 * 1024 - 1])
+    assert times.mean_number(both, np.ones_like(both)) == (1 + 9) / 2  # eight mini-batches fill the window
+
+
+@pytest.mark.parametrize(("method", "bound"), [("ttt_e2e", 0.005), ("lact", 0.02)])
+def test_ordinary_steps_and_calls_of_other_methods_with_chunks(method: str, bound: float) -> None:
+    """A chunk of LaCT is as long as its window, which fills up in the first one: two simulated steps stand for it."""
+    machine = machine_of("h100", "ttt-e2e-125m", method, window=2048)
+    times = StepTimes(machine=machine, longest=10_000)
+    for n, position in ((1, 700), (6, 3000), (23, 9000)):
+        assert abs(off(times, [position] * n, exact_step(machine, position, n))) < bound, (n, position)
+    for position, tokens in ((0, 20), (0, 333), (0, 1025), (0, 2047), (0, 5000), (8192, 777)):
+        call = Call(position=position, tokens=tokens, logits=True)
+        trace = build_trace(machine.model, machine.method, Scenario(batch=1, dtype="bf16", calls=(call,)))
+        exact = lockstep_seconds(machine.chip, trace)[0]
+        assert times.prefill(position, tokens, logits=True).ps / PS_PER_S == pytest.approx(exact, rel=bound), tokens
+
+
+@pytest.mark.parametrize("method", ["ttt_e2e", "lact", "gated_deltanet"])
+def test_states_of_other_methods_are_those_of_a_trace(method: str) -> None:
+    machine = machine_of("h100", "ttt-e2e-125m", method, window=2048)
+    trace = build_trace(machine.model, machine.method, Scenario.decode((3070,), batch=1, dtype="bf16"))
+    held = holdings(trace, machine.model.n_layers, pipelined=False)
+    kept = held.by_stage((), 1)[0] - held.by_stage((), 0)[0]
+    assert machine.state_bytes(3071) == kept
+
+
 @pytest.mark.parametrize(
     ("chip", "model", "groups", "bound"),
     [

@@ -85,7 +85,8 @@ def full_load(requests: Sequence[Request], times: StepTimes, room: Room, most_se
     decode_ps = steps_ps / (_SAMPLES * batch)
     chunk = times.machine.chunk_tokens
     if chunk is not None:
-        decode_ps += total * times.completing(1).ps / chunk
+        number = times.mean_number(prompts + decodes // 2, decodes)
+        decode_ps += total * times.completing(1, number).ps / chunk
     return FullLoad(batch=batch, ps_per_request=(prefill_ps + decode_ps) / len(requests))
 
 

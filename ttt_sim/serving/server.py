@@ -33,6 +33,8 @@ class Times(Protocol):
 
     def n_completing(self, positions: IntArray) -> int: ...
 
+    def added(self, positions: IntArray) -> Cost: ...
+
     def completing(self, n: int) -> Cost: ...
 
     def prefill(self, position: int, tokens: int, *, logits: bool) -> Cost: ...
@@ -244,7 +246,7 @@ class Server:
             return
         positions = self._positions()
         completing = self.times.n_completing(positions)
-        ordinary, extra = self.times.ordinary(positions), self.times.completing(completing)
+        ordinary, extra = self.times.ordinary(positions), self.times.added(positions)
         cost = Cost(ordinary.ps + extra.ps, ordinary.pj + extra.pj)
         n = len(self._running)
         yield self._step(env, "decode", cost, batch=n, tokens=n, completing=completing)

@@ -7,7 +7,9 @@ interpolated linearly between them: along the start of the chunk that a position
 chunk has. Up to 15 sequences every n is simulated, then every n of four significant bits.
 
 Sequences that *complete a chunk* in a step add what a simulated lockstep of so many sequences takes more in the step
-that completes its chunk, and what that holds up in the next, than in an ordinary step.
+that completes its chunk, and what that holds up in the next, than in an ordinary step. Where such a step runs the whole
+chunk again, what it adds grows with what the window holds: it is simulated for the first chunk and for one behind a
+full window, and interpolated between them by the mean number of the chunks.
 
 A *prefill call* takes the next tokens of one prompt and is a step of its own. Lengths up to 64 are simulated; of every
 64 further ones the first and the last are, and those between interpolated, never across the end of a chunk: rows come
@@ -180,20 +182,38 @@ class StepTimes:
     machine: Machine
     longest: int
     tables: dict[int, IntArray] = field(default_factory=dict)  # by batch: ps and pJ (2, longest + 1) by position
-    extras: dict[int, Cost] = field(default_factory=dict)  # by number of sequences that complete a chunk together
+    extras: dict[tuple[int, int], Cost] = field(
+        default_factory=dict
+    )  # by sequences that complete a chunk, and its number
     calls: dict[tuple[int, int, bool], Cost] = field(default_factory=dict)
     simulated: int = 0  # traces so far
 
     def decode(self, positions: IntArray) -> Cost:
         """A step of the sequences at ``positions`` (n,), the numbers of tokens that they hold."""
-        ordinary = self.ordinary(positions)
-        extra = self.completing(self.n_completing(positions))
+        ordinary, extra = self.ordinary(positions), self.added(positions)
         return Cost(ordinary.ps + extra.ps, ordinary.pj + extra.pj)
 
     def n_completing(self, positions: IntArray) -> int:
         """How many of the sequences complete a chunk in the step at ``positions``."""
         chunk = self.machine.chunk_tokens
         return 0 if chunk is None else int(np.count_nonzero((positions + 1) % chunk == 0))
+
+    def added(self, positions: IntArray) -> Cost:
+        """What those of the sequences at ``positions`` add that complete a chunk."""
+        n = self.n_completing(positions)
+        if not n:
+            return Cost(0, 0)
+        chunk = self.machine.chunk_tokens
+        assert chunk is not None
+        done = positions[(positions + 1) % chunk == 0]
+        return self.completing(n, self.mean_number(done, np.ones_like(done)))
+
+    def mean_number(self, positions: IntArray, weights: IntArray) -> float:
+        """Mean number, from 1, of the chunks that ``positions`` (n,) are in; those behind a full window are alike."""
+        chunk = self.machine.chunk_tokens
+        assert chunk is not None
+        numbers = np.minimum(positions // chunk + 1, self._boundaries()[-1])
+        return int((numbers * weights).sum()) / int(weights.sum())
 
     def ordinary(self, positions: IntArray) -> Cost:
         """The step at ``positions`` without what completing chunks adds."""
@@ -248,28 +268,48 @@ class StepTimes:
         found = self.machine.lockstep(positions, batch)
         return np.stack([found.seconds, found.joules])
 
-    def completing(self, n: int) -> Cost:
-        """What ``n`` sequences that complete a chunk in a step add to it, in rounds of :data:`UPDATE_GROUP`."""
+    def completing(self, n: int, number: float | None = None) -> Cost:
+        """What ``n`` sequences that complete a chunk in a step add to it, in rounds of :data:`UPDATE_GROUP`.
+        ``number``: of the chunk, on average (the last that differs, if not said)."""
         rounds, rest = divmod(n, UPDATE_GROUP)
         ps = pj = 0
         for size, times in ((UPDATE_GROUP, rounds), (rest, 1)):
             if size and times:
-                extra = self._extra(size)
+                extra = self._extra(size, number)
                 ps, pj = ps + times * extra.ps, pj + times * extra.pj
         return Cost(ps, pj)
 
-    def _extra(self, n: int) -> Cost:
-        if n not in self.extras:
-            seconds, joules = self._lockstep(self._around_boundary(), n)
-            held_up = max(float(seconds[3] - seconds[4]), 0.0)
-            self.extras[n] = _cost(float(seconds[2] - seconds[1]) + held_up, float(joules[2] - joules[1]))
-        return self.extras[n]
+    def _extra(self, n: int, number: float | None) -> Cost:
+        first, last = self._boundaries()
+        there = self._extra_of(n, last)
+        if first == last or number is None:
+            return there
+        here, share = self._extra_of(n, first), (last - number) / (last - first)
+        return Cost(there.ps - round((there.ps - here.ps) * share), there.pj - round((there.pj - here.pj) * share))
 
-    def _around_boundary(self) -> list[int]:
-        """Two steps before the one that completes the second chunk of a sequence, it, and three after it."""
+    def _extra_of(self, n: int, number: int) -> Cost:
+        if (n, number) not in self.extras:
+            seconds, joules = self._lockstep(self._around_boundary(number), n)
+            held_up = max(float(seconds[3] - seconds[4]), 0.0)
+            self.extras[n, number] = _cost(float(seconds[2] - seconds[1]) + held_up, float(joules[2] - joules[1]))
+        return self.extras[n, number]
+
+    def _boundaries(self) -> tuple[int, int]:
+        """First and last number of the chunks whose ends are simulated; the second for both where all cost the same."""
+        machine = self.machine
+        if not find_method(machine.method.name).reruns_chunk:
+            return 2, 2
+        assert machine.chunk_tokens is not None
+        reached = max(self.longest // machine.chunk_tokens, 1)
+        if machine.window_tokens is None:
+            return 1, reached
+        return 1, min(ceil_div(machine.window_tokens, machine.chunk_tokens) + 1, reached)
+
+    def _around_boundary(self, number: int) -> list[int]:
+        """Two steps before the one that completes chunk ``number`` of a sequence, it, and three after it."""
         chunk = self.machine.chunk_tokens
         assert chunk is not None
-        return [2 * chunk - 1 + i for i in range(-2, 4)]
+        return [number * chunk - 1 + i for i in range(-2, 4)]
 
     def prefill(self, position: int, tokens: int, *, logits: bool) -> Cost:
         """A call of one sequence: ``tokens`` after ``position`` others; ``logits``: the last of its prompt."""
@@ -321,7 +361,8 @@ class StepTimes:
             machine.lockstep((1,), most_sequences).peak_bytes,
         ]
         if machine.chunk_tokens is not None:
-            found.append(machine.lockstep(self._around_boundary(), min(UPDATE_GROUP, most_sequences)).peak_bytes)
+            around = self._around_boundary(self._boundaries()[-1])
+            found.append(machine.lockstep(around, min(UPDATE_GROUP, most_sequences)).peak_bytes)
         return max(found)
 
 

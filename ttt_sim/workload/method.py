@@ -76,7 +76,8 @@ class Method:
     and the steps that take a context in. ``batched`` False: every user has a model of its own, so users take turns
     instead of sharing steps.
     ``chunk_tokens(settings)``: decoding so many tokens has one step that costs more than the others; None without any.
-    ``uneven_tokens`` steps after that one differ from those that follow.
+    ``uneven_tokens`` steps after that one differ from those that follow. ``reruns_chunk``: it runs all rows of its
+    chunk again, so it costs more the more of the context these see.
     ``options``: the class of ``MethodSettings.options``, a frozen dataclass with defaults. ``needs``: features of
     hardware beyond those of inference with a KV cache; ``caveat``: what published work says of its quality, with the
     source.
@@ -100,6 +101,7 @@ class Method:
     options: type[Any] | None = None
     chunk_tokens: Callable[[MethodSettings], int | None] = _chunk_of_ttt
     uneven_tokens: int = 1
+    reruns_chunk: bool = False
     needs: tuple[str, ...] = ()
     caveat: str = ""
     step_call: Callable[[MethodSettings, int], Call] = _whole_context

@@ -524,7 +524,7 @@ def _chunk(settings: MethodSettings) -> int:
 
 TTT_E2E = Method(
     name="ttt_e2e", title="TTT-E2E over windowed attention", settings=_settings, trace=trace, state=state,
-    family="fast_weights", chunk_tokens=_chunk, uneven_tokens=2, options=E2EOptions,
+    family="fast_weights", chunk_tokens=_chunk, uneven_tokens=2, reruns_chunk=True, options=E2EOptions,
     needs=(
         "a backward pass through several layers", "weights read along both axes",
         "a buffer for all gradients of a step", "weights of each sequence, writable at run time",
