@@ -91,6 +91,8 @@ def cases() -> dict[str, Point]:
         if carry != usual.carry:
             ttt = replace(usual, carry=carry)
             points.append((qwen("ttt_window", phase, "4k", ttt=ttt), f"carry={carry}"))
+    for method in ("kv_paged", "kv_mla", "gated_deltanet", "mamba2"):
+        points.append((replace(qwen(method, "prefill", "4k"), parallel=Parallel(cp=2)), "cp=2"))
     for phase in PHASES:
         ttt = replace(usual, update_rows=256)
         points.append((qwen("ttt_window", phase, "4k", ttt=ttt), "update_rows=256"))
