@@ -43,6 +43,14 @@ from ttt_sim.report.style import (
 
 #: Decode batches that the traffic figure and its table show at most.
 MOST_BATCHES = 7
+#: Traffic classes of few methods, which are left out where no method has them.
+RARE_CLASSES = ("optimiser", "index")
+
+
+def _moves(data: ReportData, name: str) -> bool:
+    """Whether any point moves bytes of a traffic class."""
+    columns = [column for column in (f"{way}_{name}_bytes" for way in ("read", "write")) if column in data.points]
+    return bool((data.points[columns] > 0).any().any())
 
 
 def traffic(data: ReportData) -> Drawn:
@@ -53,11 +61,12 @@ def traffic(data: ReportData) -> Drawn:
         [("decode", batch) for batch in data.batches("decode")[:MOST_BATCHES]] if "decode" in data.headlines else []
     )
     rows = []
+    shown = [name for name in CLASS_STYLES if name not in RARE_CLASSES or _moves(data, name)]
     for phase, batch in panels:
         context = data.headlines[phase].context_tokens
         for record in select(data.points, phase=phase, batch=batch, context_tokens=context).to_dict("records"):
             for direction in ("read", "write"):
-                for name in CLASS_STYLES:
+                for name in shown:
                     nbytes = record.get(f"{direction}_{name}_bytes")
                     per_token = float(nbytes) / record["tokens"] if record["fits"] and pd.notna(nbytes) else math.nan
                     rows.append({
