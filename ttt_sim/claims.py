@@ -147,6 +147,11 @@ def _digits(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def _range(values: Sequence[float]) -> str:
+    low, high = _digits(min(values)), _digits(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
 def _ratio(value: float) -> str:
     return f"{_digits(value)} x" if math.isfinite(value) else "-"
 
@@ -499,9 +504,8 @@ def _edge(lab: Lab) -> Judgement:
     below = [c for c in _SERVERS if c in known and edge and known[c] < min(edge)]
     above = [c for c in _SERVERS if c in known and c not in below]
     reason = (
-        f"set against {', '.join(below) or 'none of these servers'}: the step of a single user gets "
-        f"{_digits(min(edge))} to {_digits(max(edge))} times as fast on edge chips, {_digits(min(servers))} to "
-        f"{_digits(max(servers))} on servers ({', '.join(above) or 'none'} gain as much or more)."
+        f"set against {', '.join(below) or 'none of these servers'}: the step of a single user gets {_range(edge)} "
+        f"times as fast on edge chips, {_range(servers)} on servers (as much or more: {', '.join(above) or 'none'})."
         if edge and servers
         else "there is no pair to compare."
     )

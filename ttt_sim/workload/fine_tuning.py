@@ -144,5 +144,5 @@ FINE_TUNING = Method(
     family="training", phases=("prefill", "ask", "decode", "train"), adapts="train", held_tokens=no_context,
     step_tokens=step_tokens, steps=steps, batched=False, options=TrainingOptions,
     needs=("a backward pass", "optimiser state in memory", "all weights writable"),
-    caveat="Facts taken up by training on a text are recalled less reliably than from the text itself.",
+    caveat="Facts taken up by training on a text are recalled less reliably than from the text (general knowledge).",
 )  # fmt: skip
